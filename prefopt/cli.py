@@ -1,0 +1,485 @@
+"""The command line. Heavy imports happen inside the commands, so that help comes at once."""
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from prefopt import __version__
+from prefopt.findings import TELLING, exists, sentence
+
+COLOURS = {"ok": "green", "missing": "dim", "warning": "yellow", "error": "red"}
+console, stderr = Console(highlight=False), Console(highlight=False, stderr=True)
+
+
+class Readable(TyperGroup):
+    """Errors that the user can mend end in one paragraph and exit code 2, Ctrl-C in exit code 130."""
+
+    def invoke(self, ctx):
+        try:
+            return TyperGroup.invoke(self, ctx)
+        except TELLING as problem:
+            bug = isinstance(problem, KeyError) and " " not in str(problem.args[0] if problem.args else "")
+            if ctx.params["traceback"] or bug:
+                raise
+            say("error", sentence(problem))
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            stderr.print("interrupted")
+            raise typer.Exit(130) from None
+
+
+def say(level: str, text: str) -> None:
+    stderr.print(Text(f"{level}: ", style=COLOURS[level]).append(text, style="default"))
+
+
+app = typer.Typer(cls=Readable, no_args_is_help=True, rich_markup_mode="markdown", add_completion=False,
+                  pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown",
+                       help="Check, convert and describe preference data.")
+app.add_typer(data_app, name="data")
+
+
+def argument(metavar: str, text: str):
+    return typer.Argument(metavar=metavar, help=text, show_default=False)
+
+
+RunFile = Annotated[Path, argument("RUN.yaml", "The run: recipe, policy, data, train, ...")]
+Settings = Annotated[list[str] | None, argument(
+    "a.b=c", "Settings that go before those of the file, for instance `train.lr=1e-6 set.beta=0.5`. Values are YAML.")]
+Source = Annotated[str, argument("IN", "A file, glob, folder or hub id.")]
+Format = Annotated[str | None, typer.Option(help="Format of the data. Left out: found by the keys of a record.")]
+Rename = Annotated[list[str] | None, typer.Option(
+    metavar="KEY=COLUMN", help="Which column of the data plays the part of KEY, as in `--column chosen=better`. May be "
+                               "repeated.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Stop after this many groups.")]
+
+
+def version(show: bool) -> None:
+    if show:
+        console.print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error came from.")] = False,
+    _: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")] = False,
+):
+    """Preference optimisation of language models.
+
+    Start with `prefopt doctor`, look around with `prefopt list` and `prefopt explain dpo`, write a run file, and then
+    `prefopt check RUN.yaml` and `prefopt train RUN.yaml`. `prefopt COMMAND --help` has examples.
+
+    A run file needs four lines:
+
+        recipe: dpo
+        policy: Qwen/Qwen2.5-0.5B-Instruct
+        data: {train: pairs.jsonl}
+        out: runs/first
+    """
+    usual = warnings.showwarning
+
+    def shown(message, category, *where) -> None:
+        if issubclass(category, UserWarning):
+            say("warning", " ".join(str(message).split()))
+        else:
+            usual(message, category, *where)
+
+    warnings.showwarning = shown
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+@app.command()
+def train(
+    run_file: RunFile,
+    settings: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, exactly where the run "
+                                                          "stopped.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and unmet expectations only.")] = False,
+):
+    """Train a policy.
+
+    The folder `out` gets the model, metrics.jsonl, the resolved run.yaml, what departs from the recipe, samples of what
+    the model saw, and checkpoints if `train.save_every` is set. Ctrl-C finishes the step and saves a checkpoint.
+
+    Exit code 0: done. 1: done, but a condition of `expect` is not met. 2: an error. 130: interrupted.
+
+    Examples:
+
+        prefopt train run.yaml
+        prefopt train run.yaml set.beta=0.5 train.lr=5e-7 out=runs/second
+        prefopt train run.yaml set.ranking=hinge 'set.labels={unflip: {flip: 0.1}}'
+        prefopt train run.yaml --resume
+        torchrun --nproc_per_node 2 -m prefopt train run.yaml
+    """
+    from prefopt.config import load
+    run = load(run_file, settings or [])
+    from prefopt.checkpoints import latest
+    from prefopt.explain import plan
+    from prefopt.train import train
+    visible = not quiet and int(os.environ.get("RANK", "0")) == 0
+    for setting, model in (("policy", run.policy), ("reference", run.reference)):
+        if model:
+            exists(f"{setting}.name", model.name)
+    if resume and not latest(Path(run.out) / "checkpoints"):
+        say("warning", f"--resume: there is no checkpoint in {run.out}, so the run starts from the beginning")
+    if visible:
+        console.print(grid(plan(run).items()))
+    result = train(run, resume=resume, show=not quiet)
+    if visible:
+        finished(result, run.expect)
+    for text in result.failed:
+        stderr.print(Text("not as expected: ", style="red").append(text, style="default"))
+    if result.stopped == "interrupted":
+        again = shlex.join(["prefopt", "train", str(run_file), *(settings or []), "--resume"])
+        stderr.print(Text(f"interrupted and saved at step {result.steps}; go on with: {again}"), soft_wrap=True)
+        raise typer.Exit(130)
+    raise typer.Exit(1 if result.failed else 0)
+
+
+def finished(result, expect: dict[str, str]) -> None:
+    """The last metrics, training beside held-out, and the expectations that are met."""
+    from prefopt.evaluation import MAIN, described, ordered
+    terms = [k for k in result.metrics if k.startswith("loss/")]
+    shown = {*MAIN, *(terms if len(terms) > 1 else [])}
+    names = [k for k in ordered({k.removeprefix("eval/"): 0.0 for k in result.metrics}) if k in shown]
+    kinds = {f"step {result.steps}": "", "held out": "eval/"}
+    if not any(k.startswith("eval/") for k in result.metrics):
+        kinds.pop("held out")
+    rows = [(name, *(number(result.metrics.get(f"{kind}{name}")) for kind in kinds.values()), described(name))
+            for name in names]
+    console.print(grid(rows, head=("metric", *kinds, "")))
+    if result.stopped != "interrupted":
+        early = f", stopped early: {result.stopped}" if result.stopped else ""
+        console.print(f"{result.steps} step{'s' * (result.steps != 1)}{early}; the model is in {result.out}/model, all "
+                      f"metrics are in {result.out}/metrics.jsonl", soft_wrap=True)
+        for metric, condition in expect.items():
+            if not any(text.startswith(f"{metric} ") for text in result.failed):
+                console.print(Text("as expected: ", style="green").append(f"{metric} {condition}", style="default"))
+
+
+@app.command()
+def check(
+    run_file: RunFile,
+    settings: Settings = None,
+    records: Annotated[int | None, typer.Option(min=1, help="Read only so many groups of each data set.")] = None,
+):
+    """Check everything about a run that can be checked before weights are loaded.
+
+    Settings and recipe; every record of the data, with the checks of training; whether the recipe can learn from such
+    data, and which recipes can; tokenizer and chat template; the model folder; packages; memory and disk (estimates);
+    steps; the metrics that are expected.
+
+    Exit code 0: nothing found, or warnings only. 1: errors. 2: the run file itself is wrong.
+
+    Examples:
+
+        prefopt check run.yaml
+        prefopt check run.yaml recipe=kto data.train=feedback.jsonl --records 1000
+    """
+    from prefopt.config import load
+    run = load(run_file, settings or [])
+    from prefopt import check
+    with console.status("checking"):
+        found = list(check.check(run, records=records))
+    raise typer.Exit(report(found))
+
+
+@app.command()
+def doctor():
+    """Check this installation.
+
+    Versions, devices, optional packages and what brings them, disk, and one training step of a tiny model.
+
+    Exit code 0: fine. 1: something does not work.
+
+    Example:
+
+        prefopt doctor
+    """
+    from prefopt import doctor
+    with console.status("looking around, and training one step"):
+        found = list(doctor.findings())
+    raise typer.Exit(report(found))
+
+
+def report(found: list) -> int:
+    """Print findings; 1 when there is an error among them."""
+    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0), pad_edge=False)
+    for n, (level, topic, text) in enumerate(found):
+        again = n > 0 and found[n - 1].topic == topic
+        table.add_row(Text(level, style=COLOURS[level]), Text("" if again else topic, style="bold"), Text(text))
+    console.print(table)
+    errors, cautions = (sum(f.level == level for f in found) for level in ("error", "warning"))
+    console.print(f"{errors} error{'s' * (errors != 1)}, {cautions} warning{'s' * (cautions != 1)}")
+    return int(errors > 0)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, argument("MODEL", "A run folder, a model folder or a hub id.")],
+    settings: Settings = None,
+    data: Annotated[str | None, typer.Option(help="Preference data. Left out: the held-out data of the run.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe of the loss. Left out: the run's, or dpo.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The model that training started from. Left out: the run's, or "
+                                                       "what an adapter sits on.")] = None,
+    limit: Limit = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers to FILE.")] = None,
+):
+    """Evaluate a policy on preference data.
+
+    Loss of the recipe, accuracy of the implicit reward, how well the log-probabilities of policy and reference rank the
+    pairs and how well they could (idealised), margins, displacement, length-controlled accuracy, KL to the reference.
+
+    Examples:
+
+        prefopt eval runs/first
+        prefopt eval runs/first/model --data held_out.jsonl --json numbers.json
+        prefopt eval my/model --data pairs.jsonl --reference Qwen/Qwen2.5-0.5B-Instruct set.beta=0.5
+        prefopt eval my/model --data pairs.jsonl --recipe simpo train.tokens=8192
+    """
+    from prefopt import evaluation
+    extra = [*(settings or []), *([f"data.eval_limit={limit}"] if limit else [])]
+    run = evaluation.plan(model, data=data, recipe=recipe, reference=reference, overrides=extra)
+    with console.status("evaluating"):
+        found = evaluation.ordered(evaluation.evaluate(run))
+    single = sum(k.startswith("loss/") for k in found) == 1
+    rows = [(k, number(v), evaluation.described(k)) for k, v in found.items() if not (single and k == "loss/ranking")]
+    console.print(grid(rows, head=("metric", "value", "")))
+    if json_file:
+        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------- look around
+@app.command("list")
+def list_recipes(
+    slot: Annotated[str | None, typer.Option(help="List the parts of a slot instead: score, margin, ranking, labels, "
+                                                  "pair_weight, regularisers, reduce, reference, annotations, "
+                                                  "providers, update; or `recipe` for what each recipe is.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of recipes as Markdown.")] = False,
+):
+    """List all recipes with what fills their slots.
+
+    Only what differs from dpo is shown; `prefopt explain NAME` shows everything.
+
+    Examples:
+
+        prefopt list
+        prefopt list --slot recipe
+        prefopt list --slot ranking
+    """
+    from prefopt import explain
+    if markdown:
+        print(explain.markdown_table())
+    elif slot == "recipe":
+        for theme, names in explain.themes().items():
+            console.print(Text(f"\n{theme}", style="bold"))
+            console.print(grid((name, explain.document(explain.recipes.find(name)).summary) for name in names))
+    elif slot:
+        console.print(grid((name, explain.document(part).summary) for name, part in explain.parts_of(slot).items()))
+    else:
+        table = explain.table()
+        for theme, names in explain.themes().items():
+            console.print(Text(f"\n{theme}", style="bold"))
+            console.print(recipes_table({name: table[name] for name in names}))
+        console.print("\nA cell that is not there is as in dpo. What a recipe is: prefopt list --slot recipe, and "
+                      "prefopt explain NAME.")
+
+
+def recipes_table(rows: dict[str, dict[str, str]]) -> Table:
+    """Score and ranking in columns, every other slot on a line of the last one."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for head, width in (("recipe", 20), ("score", 25), ("ranking", 20)):
+        table.add_column(head, width=width, style="cyan" if head == "recipe" else "", overflow="fold")
+    table.add_column("other slots", overflow="fold")
+    for name, filled in rows.items():
+        named = ("margin", "labels", "pair_weight", "reduce", "reference")
+        rest = [f"{slot.replace('_', ' ')}: {filled[slot]}" for slot in named if filled[slot]]
+        rest += [f"+ {term}" for term in filled["regularisers"].split("; ") if term]
+        rest += [made for slot in ("annotations", "providers") for made in filled[slot].split("; ") if made]
+        table.add_row(name, filled["score"], filled["ranking"], Text("\n".join(rest)))
+    return table
+
+
+@app.command()
+def explain(
+    name: Annotated[str, argument("NAME", "A recipe, a part, a column or a metric.")],
+    settings: Annotated[list[str] | None, argument("a=b", "Departures of a recipe: its arguments, or slots. Values are "
+                                                          "YAML.")] = None,
+):
+    """Explain a recipe, a part, a column or a metric.
+
+    Of a recipe: equation, arguments, what fills its slots, the columns it reads and hence the models it loads, what a
+    step costs, which data it takes, relations and reference.
+
+    Examples:
+
+        prefopt explain dpo
+        prefopt explain ipo tau=0.2 'labels={unflip: {flip: 0.3}}'
+        prefopt explain hinge
+        prefopt explain logp_ref
+        prefopt explain ranking/gap
+    """
+    from prefopt import explain
+    from prefopt.config import override
+    departures = override({}, [item.removeprefix("set.") for item in settings or []])
+    explain.show(explain.pages(name, departures), console)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+@data_app.command()
+def validate(
+    files: Annotated[list[str], argument("FILE...", "Files, globs, folders or hub ids.")],
+    format: Format = None,
+    column: Rename = None,
+    limit: Limit = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Also ask for two compared responses in every group.")] = False,
+):
+    """Find everything that is wrong with preference data, and where.
+
+    Exit code 0: all records are good. 1: some are not.
+
+    Examples:
+
+        prefopt data validate pairs.jsonl
+        prefopt data validate 'data/*.parquet' --pairs --column chosen=better --column rejected=worse
+    """
+    from data_tools import formats, validate
+    checks, bad = (*validate.CHECKS, *([validate.paired] if pairs else [])), False
+    for name in files:
+        try:
+            groups = formats.load(name, format=format, columns=renamed(column), limit=limit)
+            found = validate.validate(groups, checks=checks)
+            bad = bad or bool(found.counts) or not found.groups
+        except (ValueError, OSError) as problem:              # nothing of this file can be read; on to the next
+            found, bad = sentence(problem), True
+        console.print(Text(f"{'' if str(found).startswith(name) else f'{name}: '}{found}"), soft_wrap=True)
+    raise typer.Exit(int(bad))
+
+
+@data_app.command()
+def convert(
+    source: Source,
+    target: Annotated[Path, argument("OUT", "A .jsonl, .jsonl.gz or .parquet file.")],
+    to: Annotated[str, typer.Option(help="Format of OUT: group (keeps everything), pair, unpaired, stepwise, "
+                                         "demonstration or prompts (columns as in TRL).")] = "group",
+    split: Annotated[str | None, typer.Option(help="Take groups apart: all_pairs, best_worst or singles.")] = None,
+    format: Format = None,
+    column: Rename = None,
+    limit: Limit = None,
+    skip: Annotated[bool, typer.Option("--skip", help="Leave out records that are not good, and count them, instead of "
+                                                      "stopping at the first.")] = False,
+):
+    """Convert preference data from any format that prefopt reads.
+
+    OUT appears when it is complete; until then a file of that name stays as it was.
+
+    Examples:
+
+        prefopt data convert ultrafeedback.jsonl pairs.jsonl --to pair --split best_worst
+        prefopt data convert ratings.csv groups.jsonl --format ranked --column responses=answers
+        prefopt data convert pairs.parquet feedback.jsonl.gz --to unpaired --split singles
+    """
+    from data_tools import formats, validate
+    from data_tools.fields import DataError
+    if target.exists() and str(target) == source:
+        raise ValueError(f"{target} is both read and written: give another name")
+    groups = validate.checked(formats.load(source, format=format, columns=renamed(column), limit=limit),
+                              on_bad="skip" if skip else "error")
+    barren: list[str] = []
+    try:
+        count = formats.dump(apart(groups, split, barren) if split else groups, target, format=to)
+    except DataError as problem:
+        hint = problem.problem == "does not fit" and not split
+        raise ValueError(f"{problem}{'. See --split, which takes groups apart' * hint}") from None
+    console.print(f"{count:,} record{'s' * (count != 1)} written to {target}", soft_wrap=True)
+    if barren:
+        say("warning", f"{len(barren):,} groups gave no record: ties, or no labels. The first is {barren[0]}")
+
+
+def apart(groups: Iterable, how: str, barren: list[str]) -> Iterator:
+    """Groups taken apart as `how` says; the places of those that give nothing go to `barren`."""
+    from data_tools import labels
+    from data_tools.columns import nearest
+    from data_tools.fields import PLACE
+    ways = {"all_pairs": lambda g: labels.split(g, labels.pairs(labels.wins_of(g))), "singles": labels.singles,
+            "best_worst": lambda g: labels.split(g, labels.best_worst(
+                g.relevance if g.wins is None else labels.lipo(g.wins)))}
+    if how not in ways:
+        raise ValueError(f"--split {how!r} is not known{nearest(how, ways)}; known: {', '.join(ways)}")
+    for group in groups:
+        pieces = ways[how](group) if group.relevance or group.wins else []
+        barren += [] if pieces else [group.meta.get(PLACE, "")]
+        yield from pieces
+
+
+@data_app.command()
+def describe(
+    source: Source,
+    tokenizer: Annotated[str | None, typer.Option(metavar="MODEL", help="Also count tokens, with the tokenizer of this "
+                                                                        "folder or hub id.")] = None,
+    format: Format = None,
+    column: Rename = None,
+    limit: Limit = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+):
+    """Describe preference data.
+
+    Sizes, lengths, labels, position and length bias, duplicates, agreement of annotators: in one pass.
+
+    Examples:
+
+        prefopt data describe pairs.jsonl
+        prefopt data describe pairs.jsonl --tokenizer Qwen/Qwen2.5-0.5B-Instruct --json
+    """
+    from data_tools import describe, formats
+    count = None
+    if tokenizer:
+        from prefopt.models import load_tokenizer
+        count = load_tokenizer(tokenizer)
+    found = describe.describe(formats.load(source, format=format, columns=renamed(column), limit=limit), count)
+    print(json.dumps(found, indent=1) if as_json else describe.render(found))
+
+
+def renamed(columns: list[str] | None) -> dict[str, str] | None:
+    pairs = [item.partition("=") for item in columns or []]
+    if wrong := [f"{a}{sign}{b}" for a, sign, b in pairs if not (a and b)]:
+        raise ValueError(f"--column {wrong[0]} is not of the form KEY=COLUMN")
+    return {key: name for key, _, name in pairs} or None
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+def grid(rows: Iterable[Sequence[str]], *, head: Sequence[str] = ()) -> Table:
+    """Rows of text in columns. With a head, the columns between the first and the last hold numbers."""
+    rows = list(rows)
+    table = Table(box=None, show_header=bool(head), padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for place in range(len(rows[0]) if rows else 0):
+        numeric = head and 0 < place < len(head) - 1
+        table.add_column(head[place] if head else "", style="" if place else "cyan", no_wrap=place == 0,
+                         justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def main() -> None:
+    app(prog_name="prefopt")
+
+
+if __name__ == "__main__":
+    main()

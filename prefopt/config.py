@@ -1,0 +1,384 @@
+"""A run: recipe, departures from it, models, data, settings. Checked before any model is loaded."""
+from __future__ import annotations
+
+import inspect
+import re
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from data_tools.columns import nearest
+from data_tools.encoding import Encoding
+from prefopt import parts
+from prefopt.recipes.checks import below_half, number, positive
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(Settings):
+    """A causal language model: a folder or a hub id, and how to load it."""
+    name: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    attention: str | None = None
+    trust_remote_code: bool = False
+    quantize: Literal[4, 8] | None = None
+    lora: dict | None = None                                  # arguments of peft.LoraConfig, for instance {r: 16}
+    gradient_checkpointing: bool = False
+    dropout: bool = False                                     # off, so that policy = reference at the start
+
+    @field_validator("lora")
+    @classmethod
+    def _adapters(cls, value: dict | None) -> dict | None:
+        if value is not None:
+            from peft import LoraConfig
+            parts.checked("lora", LoraConfig, value)
+            if not value:
+                raise ValueError("no setting of the adapters is given: give their rank, {r: 16}, or leave lora out")
+        return value
+
+
+class Data(Settings):
+    """Preference data: files, globs or hub ids, and how they are read and cut."""
+    train: str | list[str] = Field(min_length=1)
+    eval: str | list[str] | None = None
+    format: str | None = None                                 # detected from the keys when left out
+    split: str | None = None
+    eval_split: str | None = None
+    streaming: bool = False
+    limit: int | None = Field(None, ge=1)
+    eval_limit: int | None = Field(None, ge=1)
+    columns: dict[str, str] | None = None                     # {key of the format: column of the file}
+    on_bad: Literal["error", "skip"] = "error"
+    max_prompt: int | None = Field(None, ge=1)
+    max_response: int | None = Field(None, ge=1)
+    max_length: int | None = Field(None, ge=1)
+    encoding: dict = {}                                       # further fields of data_tools.collate.Encoding
+    flip: float = Field(0.0, ge=0, lt=0.5)                    # share of labels flipped on purpose, for studies
+    cache: str = "runs/cache"
+    cache_reference: bool = False                             # reference log-probabilities once, on disk: no reference
+                                                              # is kept in memory, and kl/ref is not measured
+
+    @model_validator(mode="after")
+    def _limits(self):
+        self.encoded()
+        return self
+
+    def encoded(self) -> Encoding:
+        """How the text becomes tokens."""
+        limits = {k: getattr(self, k) for k in ("max_prompt", "max_response", "max_length")}
+        if again := sorted(limits.keys() & self.encoding.keys()):
+            raise ValueError(f"{again[0]} is a setting of data itself, not of data.encoding")
+        return Encoding(**limits, **parts.checked("encoding", Encoding, self.encoding))
+
+
+class Modules(Settings):
+    """Optimiser settings of learned parts (token masks, heads)."""
+    lr: float | None = Field(None, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+
+
+class Online(Settings):
+    """Responses sampled from the current policy at every step, for recipes that read `online` rows."""
+    k: int = Field(2, ge=1)
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: float = Field(1.0, gt=0)
+
+
+class Train(Settings):
+    """The loop. One batch number: groups per optimiser step; micro-batches are a budget of tokens."""
+    epochs: float = Field(1.0, gt=0)                          # may be part of one
+    steps: int | None = Field(None, ge=1)                     # overrides epochs
+    groups_per_step: int = Field(64, ge=1)
+    tokens: int | None = Field(16384, ge=1)                   # real tokens of one micro-batch, over all its rows
+    lr: float = Field(1e-6, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.1, ge=0)                          # share of the steps below 1, else steps
+    optimizer: str | dict = "AdamW"
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float | None = Field(1.0, gt=0)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = Field(0, ge=0)
+    shuffle: bool = True
+    modules: Modules = Modules()
+    online: Online = Online()
+    log_every: int = Field(1, ge=1)
+    eval_every: int | None = Field(None, ge=1)                # with data.eval there is one evaluation at the end, always
+    save_every: int | None = Field(None, ge=1)
+    keep: int = Field(2, ge=1)                                # checkpoints kept
+    metric: str = "eval/loss"                                 # watched by early stopping; the best model is kept
+    patience: int | None = Field(None, ge=1)                  # evaluations without improvement
+    device: Literal["cpu"] | None = None                      # the GPU where there is one, unless this says cpu
+
+
+class Run(Settings):
+    recipe: str
+    set: dict = {}
+    policy: Model
+    reference: Model | None = None
+    tokenizer: str | None = None
+    data: Data
+    train: Train = Train()
+    update: str | dict = "plain"
+    log: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    expect: dict[str, str] = {}
+    out: str = "runs/run"
+
+    @field_validator("policy", "reference", mode="before")
+    @classmethod
+    def _short(cls, value):
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("expect")
+    @classmethod
+    def _comparison(cls, value: dict) -> dict:
+        for metric, condition in value.items():
+            met(condition, 0.0, metric)
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self):
+        objective, cached = self.objective(), self.data.cache_reference
+        if self.train.patience and not (self.data.eval and self.train.eval_every):
+            raise ValueError("train.patience stops early on a held-out metric: set data.eval and train.eval_every")
+        if self.train.eval_every and not self.data.eval:
+            raise ValueError("train.eval_every evaluates on held-out data: set data.eval")
+        if blind := [metric for metric in self.expect if metric.startswith("eval/") and not self.data.eval]:
+            raise ValueError(f"expect.{blind[0]} is measured on held-out data: set data.eval")
+        if cached and objective.reference.moves:
+            raise ValueError(f"recipe {self.recipe!r} moves its reference, so its log-probabilities cannot be cached: "
+                             f"set data.cache_reference to false")
+        if cached and "online" in objective.reads():
+            raise ValueError(f"recipe {self.recipe!r} scores responses sampled during training, which no cache can hold: "
+                             f"set data.cache_reference to false")
+        if "mismatched" in objective.reads() and self.train.groups_per_step < 2:
+            raise ValueError(f"recipe {self.recipe!r} compares each prompt with a response of another prompt of the step: "
+                             f"set train.groups_per_step to at least 2")
+        for name in sorted(objective.reads()):
+            _documented(name)
+        self.update_rule(), self.make_optimizer()
+        return self
+
+    def objective(self):
+        """The recipe with the departures of `set` applied."""
+        return assemble(self.recipe, self.set)
+
+    def make_optimizer(self):
+        """What makes the optimiser from parameter groups: a class of torch.optim (or module:name) and its arguments."""
+        name, arguments = _named(self.train.optimizer)
+        found = parts.find(name, "torch.optim")
+        if not (":" in name or inspect.isclass(found) and hasattr(found, "step")):
+            raise ValueError(f"train.optimizer: {name!r} is no optimiser; for instance AdamW, SGD, Adafactor")
+        for other in ("params", "lr", "weight_decay"):
+            if other in arguments:
+                raise ValueError(f"train.optimizer: {other} is not set here, but by "
+                                 f"{'the policy' if other == 'params' else f'train.{other}'}")
+        return partial(found, lr=self.train.lr, **parts.checked(name, found, arguments))
+
+    def update_rule(self):
+        return parts.from_spec(self.update, "prefopt.update")
+
+
+SLOTS = {"score": "prefopt.scores", "margin": "prefopt.margins", "labels": "prefopt.label_rules",
+         "pair_weight": "prefopt.pair_weights", "reduce": "prefopt.reductions", "reference": "prefopt.references"}
+RANKINGS = ("prefopt.pairwise", "prefopt.pointwise", "prefopt.listwise")
+
+
+def assemble(recipe: str, departures: dict):
+    """An objective from a recipe's name and what is set: arguments of the recipe, or slots of the objective.
+
+    >>> assemble("dpo", {"beta": 0.5, "ranking": "hinge"}).ranking.__name__
+    'hinge'
+    """
+    from prefopt import recipes
+    make = recipes.find(recipe)
+    arguments = inspect.signature(make).parameters
+    allowed = [*arguments, *SLOTS, "ranking", "regularisers"]
+    for key, value in departures.items():
+        if key not in allowed:
+            raise ValueError(f"recipe {recipe!r} has no argument or slot {key!r}{nearest(key, allowed)}; arguments: "
+                             f"{', '.join(arguments) or 'none'}; slots: {', '.join([*SLOTS, 'ranking', 'regularisers'])}")
+        if key in arguments:
+            _typed(f"recipe {recipe!r}", key, value, arguments[key].default)
+    objective = make(**{k: v for k, v in departures.items() if k in arguments})
+    slots = {k: v for k, v in departures.items() if k not in arguments}
+    if not slots:
+        return objective
+    filled = {}
+    for slot, spec in slots.items():
+        if slot == "ranking":
+            filled[slot] = _part(slot, spec, _home(spec))
+        elif slot == "regularisers":
+            filled[slot] = {**objective.regularisers, **_regularisers(spec)}
+        elif spec is None and slot != "pair_weight":
+            raise ValueError(f"set.{slot} cannot be empty: leave it out, or name a part of {SLOTS[slot]}")
+        else:
+            filled[slot] = _part(slot, spec, SLOTS[slot]) if spec is not None else None
+    try:
+        return objective.with_slots(**filled)
+    except TypeError as error:                                # a part of one's own that does not say what it returns
+        raise ValueError(str(error)) from None
+
+
+RANGES = {"beta": positive, "tau": positive, "flip": below_half, "label_smoothing": below_half}
+
+
+def _part(slot: str, spec, home: str):
+    """A part from its spec, with arguments of the right type and in range."""
+    name, arguments = _named(spec)
+    found = parts.find(name, home)
+    if not callable(found):
+        raise ValueError(f"set.{slot}: {name!r} is no part, it cannot be called")
+    defaults = inspect.signature(found).parameters
+    for key, value in parts.checked(name, found, arguments).items():
+        _typed(f"part {name!r}", key, value, defaults[key].default)
+        RANGES.get(key, lambda **_: None)(**{key: value})
+    made = parts.from_spec(spec, home)
+    return made() if isinstance(made, type) else made
+
+
+def _named(spec) -> tuple[str, dict]:
+    """'name' or {name: {argument: value}}, taken apart."""
+    if isinstance(spec, dict) and len(spec) == 1:
+        (spec, arguments), = spec.items()
+        if arguments is not None and not isinstance(arguments, dict):
+            raise ValueError(f"arguments have names: {{{spec}: {{argument: value}}}}, found {{{spec}: {arguments!r}}}")
+        return spec, arguments or {}
+    if not isinstance(spec, str):
+        raise ValueError(f"write 'name' or {{name: {{argument: value}}}}, found {spec!r}")
+    return spec, {}
+
+
+def _typed(owner: str, key: str, value, default) -> None:
+    if isinstance(default, bool) or not isinstance(default, (int, float)):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        hint = ": write it without quotes, and 1e-3 as 1.0e-3" if isinstance(value, str) and parts.is_number(value) else ""
+        raise ValueError(f"argument {key!r} of {owner} must be a number, found {value!r}{hint}")
+    if isinstance(default, int) and value != int(value):
+        raise ValueError(f"argument {key!r} of {owner} must be a whole number, found {value!r}")
+
+
+def _documented(name: str) -> None:
+    """An error where a part reads a column that nobody knows: in a part of one's own, a misspelt parameter."""
+    from data_tools.columns import COLUMNS
+    if name not in COLUMNS:
+        raise ValueError(f"a part reads the column {name!r}, which is not known{nearest(name, COLUMNS)}: columns are in "
+                         f"data_tools.columns, where `document` adds your own")
+
+
+def _home(spec) -> str:
+    """The module of a ranking."""
+    name, _ = _named(spec)
+    known = {n: home for home in RANKINGS for n in import_module(home).__all__}
+    if name not in known and ":" not in name:
+        raise ValueError(f"no ranking {name!r}{nearest(name, known)}; rankings: {', '.join(known)}")
+    return known.get(name, RANKINGS[0])
+
+
+def _regularisers(spec):
+    """[{best_nll: {weight: 0.1}}, ...] -> terms by name."""
+    from prefopt.objectives import Term
+    out = {}
+    for item in spec if isinstance(spec, list) else [spec]:
+        name, arguments = _named(item)
+        weight = arguments.get("weight", 1.0)
+        number(**{f"weight of {name}": weight})
+        if name in out:
+            raise ValueError(f"set.regularisers has {name!r} twice")
+        rest = {k: v for k, v in arguments.items() if k != "weight"}
+        out[name] = Term(_part("regularisers", {name: rest}, "prefopt.regularisers"), weight)
+    return out
+
+
+def met(condition: str, value: float, metric: str = "") -> bool:
+    """Whether value meets a condition such as '>= 0.55'."""
+    found = re.fullmatch(r"\s*(>=|<=|>|<)\s*(\S+)\s*", condition)
+    if not found or not parts.is_number(found[2]):
+        raise ValueError(f"expect.{metric}: {condition!r} is not a condition such as '>= 0.55'")
+    compare = {">=": float.__ge__, "<=": float.__le__, ">": float.__gt__, "<": float.__lt__}[found[1]]
+    return compare(float(value), float(found[2]))
+
+
+class Loader(yaml.SafeLoader):
+    """YAML as of 1.2, where 1e-6 is a number; PyYAML's own rules are of 1.1, and read it as text."""
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+                             list("-+0123456789"))
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Run:
+    """A run from a YAML file and overrides a.b=c, or a ValueError that lists every problem."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"no run file {str(path)!r}: give a YAML file, for instance cookbook/quickstart/dpo.yaml")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: a run file holds keys (recipe, policy, data, ...), found {type(raw).__name__}")
+    return make(override(raw, overrides), str(path))
+
+
+def override(raw: dict, items: list[str] = ()) -> dict:
+    """The settings with each a.b=c put in its place; values are YAML.
+
+    >>> override({"set": {"beta": 0.1}, "policy": "gpt2"}, ["set.beta=0.5", "policy.dtype=bfloat16"])
+    {'set': {'beta': 0.5}, 'policy': {'name': 'gpt2', 'dtype': 'bfloat16'}}
+    """
+    for item in items:
+        key, sign, value = item.partition("=")
+        if not sign or not key:
+            raise ValueError(f"override {item!r} is not of the form a.b=c")
+        place = raw
+        *parents, last = key.split(".")
+        for parent in parents:
+            if isinstance(place.get(parent), str) and parent in ("policy", "reference"):
+                place[parent] = {"name": place[parent]}
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"override {item!r}: {parent!r} is {place!r}, not a block of settings")
+        try:
+            place[last] = yaml.load(value, Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {item!r}: {value!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    return raw
+
+
+def make(raw: dict, where: str = "run") -> Run:
+    """A run from a dict of settings, or a ValueError that lists every problem with the nearest valid name."""
+    try:
+        return Run(**raw)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(str(k) for k in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"{key}: no such setting{nearest(problem['loc'][-1], _known(problem['loc'][:-1]))}; "
+                             f"settings here: {', '.join(_known(problem['loc'][:-1]))}")
+            elif problem["type"] == "missing":
+                lines.append(f"{key}: missing")
+            elif problem["type"] == "value_error":
+                lines.append(f"{key + ': ' if key else ''}{problem['ctx']['error']}")
+            else:
+                allowed = re.findall("'([^']*)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
+                hint = nearest(str(problem["input"]), allowed)
+                lines.append(f"{key}: {problem['msg']}, found {problem['input']!r}{hint}")
+        raise ValueError(f"{where}: " + "; ".join(lines)) from None
+
+
+def _known(path) -> list[str]:
+    fields = Run.model_fields
+    for key in path:
+        home = {"policy": Model, "reference": Model, "data": Data, "train": Train, "modules": Modules,
+                "online": Online}.get(str(key))
+        fields = home.model_fields if home else {}
+    return list(fields)

@@ -1,0 +1,163 @@
+"""Diagnostics: parts that read columns like any other and are averaged over labelled pairs."""
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from prefopt.margins import difference
+from prefopt.ops import log_ratios, masked_mean, masked_sum
+from prefopt.parts import Pairs, Rows
+
+
+def _chosen(x):
+    return x[..., :, None].expand(*x.shape, x.shape[-1])
+
+
+def _rejected(x):
+    return x[..., None, :].expand(*x.shape[:-1], x.shape[-1], x.shape[-1])
+
+
+def pairs(score) -> Pairs:
+    """1: the share of the step's weight that is on labelled pairs, which is 1 or, for unpaired feedback, 0."""
+    return torch.ones_like(difference(score))
+
+
+def margin_mean(score) -> Pairs:
+    """s_w - s_l."""
+    return difference(score)
+
+
+def accuracy(score) -> Pairs:
+    """1 where s_w > s_l, 1/2 where equal: implicit-reward accuracy for log-ratios."""
+    return (torch.sign(difference(score)) + 1) / 2
+
+
+def score_chosen(score) -> Pairs:
+    return _chosen(score)
+
+
+def score_rejected(score) -> Pairs:
+    return _rejected(score)
+
+
+def logp_chosen(logp, mask) -> Pairs:
+    return _chosen(masked_sum(logp, mask))
+
+
+def logp_rejected(logp, mask) -> Pairs:
+    return _rejected(masked_sum(logp, mask))
+
+
+def shift_chosen(logp, logp_ref, mask) -> Pairs:
+    """log pi(y_w) - log pi_ref(y_w): negative where the chosen response has become less likely."""
+    return _chosen(log_ratios(logp, logp_ref, mask).sum(-1))
+
+
+def shift_rejected(logp, logp_ref, mask) -> Pairs:
+    return _rejected(log_ratios(logp, logp_ref, mask).sum(-1))
+
+
+def displaced(logp, logp_ref, mask) -> Pairs:
+    """1 where the margin over the reference grew although the chosen response became less likely."""
+    rho = log_ratios(logp, logp_ref, mask).sum(-1)
+    return ((_chosen(rho) < 0) & (difference(rho) > 0)).double()
+
+
+def ranking_policy(logp, mask) -> Pairs:
+    """1 where log pi(y_w) >= log pi(y_l). Not the implicit-reward accuracy."""
+    return (difference(masked_sum(logp, mask)) >= 0).double()
+
+
+def ranking_policy_mean(logp, mask) -> Pairs:
+    """The same with log-probabilities per token."""
+    return (difference(masked_mean(logp, mask)) >= 0).double()
+
+
+def ranking_reference(logp_ref, mask) -> Pairs:
+    return (difference(masked_sum(logp_ref, mask)) >= 0).double()
+
+
+def longer_chosen(mask) -> Pairs:
+    """1 where the chosen response is longer, 1/2 where equally long."""
+    return (torch.sign(difference(mask.bool().sum(-1).double())) + 1) / 2
+
+
+def correct_and_longer(score, mask) -> Pairs:
+    """Accuracy times 1[chosen longer], which `combined` turns into a length-controlled accuracy."""
+    return accuracy(score) * longer_chosen(mask)
+
+
+def correct_and_shorter(score, mask) -> Pairs:
+    return accuracy(score) * (1 - longer_chosen(mask))
+
+
+def kl_reference(token_kl, mask) -> Pairs:
+    """Mean over the response tokens of both responses of KL(reference || policy), exact over the vocabulary."""
+    kl = masked_mean(token_kl, mask)
+    return (_chosen(kl) + _rejected(kl)) / 2
+
+
+def idealised(logp_ref, mask, wins, *, beta) -> Pairs:
+    """1 where the optimum of DPO would rank the pair as labelled.
+
+    1[ (lr_w - lr_l) + (1 / beta) log(alpha / (1 - alpha)) > 0 ],   alpha = P(w beats l), 1 - alpha at least 1e-3
+
+    Reference   Chen et al., Preference Learning Algorithms Do Not Learn Preference Rankings, arXiv:2405.19534, eq. 3
+    """
+    alpha = torch.nan_to_num(wins, nan=0.5).double()
+    odds = alpha.clamp(min=1e-3).log() - (1 - alpha).clamp(min=1e-3).log()
+    return (difference(masked_sum(logp_ref, mask)).double() + odds / beta > 0).double()
+
+
+def desirable(relevance) -> Rows:
+    return (relevance > 0.5).double()
+
+
+def score_desirable(score, relevance) -> Rows:
+    """Score times 1[desirable]; `combined` divides by the share of desirable responses."""
+    return torch.where(relevance > 0.5, score, 0.0)
+
+
+def score_undesirable(score, relevance) -> Rows:
+    return torch.where(relevance > 0.5, 0.0, score)
+
+
+PAIR_METRICS = {"pairs": pairs, "accuracy": accuracy, "margin": margin_mean, "score/chosen": score_chosen,
+                "score/rejected": score_rejected, "logp/chosen": logp_chosen, "logp/rejected": logp_rejected,
+                "shift/chosen": shift_chosen, "shift/rejected": shift_rejected, "displaced": displaced,
+                "ranking/policy": ranking_policy, "ranking/policy_per_token": ranking_policy_mean,
+                "ranking/reference": ranking_reference, "length/chosen_longer": longer_chosen,
+                "length/correct_and_longer": correct_and_longer, "length/correct_and_shorter": correct_and_shorter}
+ROW_METRICS = {"rows/desirable": desirable, "rows/score_desirable": score_desirable,
+               "rows/score_undesirable": score_undesirable}
+BETAS = (0.01, 0.1, 1.0, 5.0, 10.0)
+EVALUATION_METRICS = {"kl/ref": kl_reference, **{f"ranking/idealised@{b:g}": partial(idealised, beta=b) for b in BETAS}}
+
+
+def combined(sums: dict[str, float]) -> dict[str, float]:
+    """Metrics that are ratios of weighted sums, and spreads over betas; the sums they are made of are dropped.
+
+    >>> combined({"length/chosen_longer": .75, "length/correct_and_longer": .75, "length/correct_and_shorter": 0.})
+    {'length/chosen_longer': 0.75, 'accuracy/length_controlled': 0.5}
+    """
+    paired = sums.get("pairs", 1.0) > 0
+    about_pairs = () if paired else (*PAIR_METRICS, *EVALUATION_METRICS)
+    helpers = ("pairs", "length/correct", "rows/", "ranking/idealised@")
+    out = {k: v for k, v in sums.items() if not k.startswith(helpers) and k not in about_pairs}
+    if paired and "length/correct_and_longer" in sums:
+        longer = sums["length/chosen_longer"]
+        sides = [sums[f"length/correct_and_{side}"] / share for side, share in
+                 (("longer", longer), ("shorter", 1 - longer)) if share > 1e-9]
+        out["accuracy/length_controlled"] = sum(sides) / len(sides) if sides else 0.0
+    if not paired and "rows/desirable" in sums:
+        share = sums["rows/desirable"]
+        for name, part in (("desirable", share), ("undesirable", 1 - share)):
+            if part > 1e-9:
+                out[f"score/{name}"] = sums[f"rows/score_{name}"] / part
+    ideal = sorted(v for k, v in sums.items() if k.startswith("ranking/idealised@"))
+    if paired and ideal:
+        out.update({"ranking/idealised_min": ideal[0], "ranking/idealised_median": ideal[len(ideal) // 2],
+                    "ranking/idealised_max": ideal[-1]})
+        out["ranking/gap"] = out["ranking/idealised_median"] - out.get("ranking/policy", 0.0)
+    return out

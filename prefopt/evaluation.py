@@ -1,0 +1,134 @@
+"""Judge a trained policy on preference data: the measurements of training, on any model folder and any file."""
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import yaml
+
+from prefopt.config import Run, make, override
+from prefopt.findings import exists
+
+METRICS = {
+    "loss": "loss of the recipe",
+    "loss/ranking": "its ranking loss alone",
+    "accuracy": "pairs whose preferred response has the higher score",
+    "accuracy/length_controlled": "the same, longer and shorter preferred responses weighing alike",
+    "margin": "score of the preferred minus score of the other response",
+    "score/chosen": "score of the preferred response (implicit reward)",
+    "score/rejected": "score of the other response",
+    "score/desirable": "score of responses marked good",
+    "score/undesirable": "score of responses marked bad",
+    "ranking/policy": "pairs that the policy's log-probabilities rank as labelled",
+    "ranking/policy_per_token": "the same with log-probabilities per token",
+    "ranking/reference": "the same with the reference's log-probabilities",
+    "ranking/idealised_min": "the same for the optimum of DPO, least over beta 0.01 to 10",
+    "ranking/idealised_median": "the same for the optimum of DPO, median over beta",
+    "ranking/idealised_max": "the same for the optimum of DPO, largest over beta",
+    "ranking/gap": "idealised median minus the policy's",
+    "kl/ref": "KL(reference || policy) per token, over the whole vocabulary",
+    "logp/chosen": "log-probability of the preferred response",
+    "logp/rejected": "log-probability of the other response",
+    "shift/chosen": "what the preferred response gained on the reference",
+    "shift/rejected": "what the other response gained on the reference",
+    "displaced": "pairs whose margin grew while the preferred response lost",
+    "length/chosen_longer": "pairs whose preferred response is longer",
+    "grad_norm": "norm of the gradient before clipping"}
+
+
+MAIN = ("loss", "accuracy", "accuracy/length_controlled", "margin", "ranking/policy", "ranking/reference",
+        "ranking/idealised_median", "kl/ref", "shift/chosen", "shift/rejected", "displaced", "grad_norm")
+
+
+def described(metric: str) -> str:
+    """What a metric means, in a line.
+
+    >>> described("margin"), described("loss/sft")
+    ('score of the preferred minus score of the other response', 'the regulariser sft')
+    """
+    term = f"the regulariser {metric.removeprefix('loss/')}" if metric.startswith("loss/") else ""
+    return METRICS.get(metric, term)
+
+
+def plan(model: str, *, data: str | None = None, recipe: str | None = None, reference: str | None = None,
+         overrides: list[str] = ()) -> Run:
+    """The settings of an evaluation. What is not given comes from the run that trained the model, if `model` is a run
+    folder or its `model`: recipe, departures, the policy it started from as reference, held-out data.
+
+    Raises ValueError for a folder that is not there, no data, and a recipe that needs a reference without one.
+    """
+    exists("MODEL", model)
+    folder = Path(model)
+    home = next((p for p in (folder, folder.parent) if (p / "versions.json").exists()), None)
+    raw = yaml.safe_load((home / "run.yaml").read_text(encoding="utf-8")) if home else {}
+    folder = folder / "model" if home == folder else folder
+    if not folder.exists() and home:
+        raise ValueError(f"{home} holds a run but no model: it was not finished. Go on with it (prefopt train "
+                         f"--resume), or give one of its checkpoints (checkpoints/step-.../model)")
+    read, start = raw.get("data", {}), raw.get("policy", {})
+    held_out = data or read.get("eval")
+    if not held_out:
+        raise ValueError("no data to evaluate on: give a file of preference data with --data")
+    if data:                                                  # which may be of another format than the run's
+        read = {k: read[k] for k in ("max_prompt", "max_response", "max_length", "encoding") if k in read}
+    same = recipe in (None, raw.get("recipe"))
+    run = make(override({
+        "recipe": recipe or raw.get("recipe") or "dpo", "set": raw.get("set", {}) if same else {},
+        "policy": {**start, "name": str(folder), "revision": None, "lora": None},
+        "reference": reference or raw.get("reference") or (start and {**start, "lora": None}) or adapter_base(folder),
+        "tokenizer": raw.get("tokenizer"), "train": raw.get("train", {}),
+        "data": {**read, "train": held_out, "eval": held_out, "cache_reference": False}}, overrides), "evaluation")
+    from prefopt.forward import frozen_models
+    if frozen_models(run.objective().reads()) and run.reference is None:
+        raise ValueError(f"{run.recipe} compares the policy with its reference: say which model training started from, "
+                         f"with --reference MODEL, or choose a recipe without one, such as --recipe simpo")
+    return run
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The model below an adapter folder."""
+    path = folder / "adapter_config.json"
+    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.exists() else None
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Metrics of `run.policy` on `run.data.eval`, as training measures them (see METRICS)."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from prefopt import setup
+    from prefopt.folder import dataset
+    from prefopt.models import load_tokenizer
+    from prefopt.train import evaluate
+    disable_progress_bar()
+    accelerator = setup.accelerator(run)
+    tokenizer = load_tokenizer(run.tokenizer or run.policy.name, trust_remote_code=run.policy.trust_remote_code)
+    objective = run.objective()
+    with TemporaryDirectory() as cache:
+        data = dataset(run.model_copy(update={"data": run.data.model_copy(update={"cache": cache})}), tokenizer, True)
+        models = setup.load_models(run, objective, tokenizer, None, accelerator.device)
+        learned(objective, Path(run.policy.name))
+        found = evaluate(models, objective, data, run, accelerator)
+    return {key.removeprefix("eval/"): value for key, value in found.items()}
+
+
+def learned(objective, folder: Path) -> None:
+    """Put back the learned parts (token masks, heads) that training saved beside the model."""
+    from safetensors.torch import load_file
+    modules, path = objective.modules(), folder / "objective.safetensors"
+    if modules and not path.exists():
+        warnings.warn(f"{folder} holds no objective.safetensors: the learned parts of the recipe start anew, so that "
+                      f"its loss and scores mean nothing", stacklevel=2)
+    elif modules:
+        tensors = load_file(path)
+        for n, module in enumerate(modules):
+            module.load_state_dict({k.removeprefix(f"{n}."): v for k, v in tensors.items() if k.startswith(f"{n}.")})
+
+
+def ordered(found: Mapping[str, float]) -> dict[str, float]:
+    """Metrics in the order of METRICS, terms of the loss behind it, others at the end."""
+    terms = sorted(k for k in found if k.startswith("loss/") and k not in METRICS)
+    order = [*list(METRICS)[:2], *terms, *list(METRICS)[2:], *sorted(set(found) - set(METRICS) - set(terms))]
+    return {k: found[k] for k in order if k in found}

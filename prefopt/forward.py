@@ -1,0 +1,252 @@
+"""From a Batch to columns: which model runs on which tokens, and what is kept of its output.
+
+No vocabulary projection that is not needed: log-probabilities and other reducers come from the hidden states of response
+positions through a chunked head that is recomputed in backward, so that no (tokens, vocabulary) tensor outlives its
+chunk, prompts are never projected, and padding is never projected. `states` is the one place that knows how rows are
+laid out for the model; packing and shared prefixes go there, and parts never see them.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from data_tools.batch import Batch
+from prefopt.models import Models, Trunk
+
+CHUNK_BYTES = 64 * 2**20                                      # float32 logits of one chunk
+
+
+# ------------------------------------------------------------------------------------------------------- reducers
+def logp(logits: Tensor, token: Tensor) -> Tensor:
+    """Log-probability of the token that follows."""
+    return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def entropy(logits: Tensor, token: Tensor) -> Tensor:
+    """H = log Z - sum_v p_v logit_v."""
+    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+
+
+def collision(logits: Tensor, token: Tensor) -> Tensor:
+    """log sum_v p_v^2."""
+    return (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
+
+
+def token_kl(logits: Tensor, token: Tensor, logits_ref: Tensor) -> Tensor:
+    """KL(reference || policy) = sum_v p_ref (log p_ref - log p)."""
+    log_ref = logits_ref.log_softmax(-1)
+    return (log_ref.exp() * (log_ref - logits.log_softmax(-1))).sum(-1)
+
+
+ONE = {"logp": logp, "entropy": entropy, "collision": collision}          # reducers of one distribution
+TWO = {"token_kl": token_kl}                                              # of the policy's and the reference's
+FROZEN = {"logp_ref", "logp_old", "activation_mask", "mismatched"}        # made once per step, by `fill`
+GRADIENT = {*ONE, *TWO, "states_ref", "last_state"}                       # made per micro-batch, by `forward`
+REFERENCE = {"logp_ref", "activation_mask", "mismatched", "token_kl", "states_ref"}      # these load a reference
+
+
+# ------------------------------------------------------------------------------------------------------- layouts
+@dataclass(frozen=True)
+class Positions:
+    """Which tokens are scored: row and column in (N, T), and the token there. The state one place before predicts it."""
+    row: Tensor
+    column: Tensor
+    token: Tensor
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> Positions:
+        mask = batch["mask"].bool()
+        row, column = mask.nonzero(as_tuple=True)
+        first = batch["attend"].int().argmax(1)[row] if "attend" in batch else torch.zeros_like(row)
+        if bool((column <= first).any()):
+            raise ValueError("a response starts at the first token of its row, and nothing predicts that token: give "
+                             "the row a prompt, or a tokenizer with a BOS token")
+        return cls(row, column, batch["tokens"][row, column])
+
+
+def left_aligned(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens (N, T') with padding on the right only and trimmed, and the offset (N) of each row in the batch.
+
+    Causal attention never looks right, so no attention mask is needed and the side of padding cannot matter.
+    """
+    attend = batch["attend"].bool()
+    offset, length = attend.int().argmax(1), attend.sum(1)
+    width = int(length.max()) if len(length) else 0
+    index = (offset[:, None] + torch.arange(width, device=offset.device)).clamp(max=attend.shape[1] - 1)
+    return batch["tokens"].gather(1, index), offset
+
+
+def states(trunk: Trunk, batch: Mapping[str, Tensor], at: Positions, *, layers: bool = False) -> Tensor:
+    """Hidden states that predict the tokens `at`: (M, D), or (M, L, D) of layers 1..L. Plain padded layout."""
+    tokens, offset = left_aligned(batch)
+    column = at.column - offset[at.row] - 1
+    if layers:
+        hidden = trunk.layers(tokens)
+        return torch.stack([h[at.row, column] for h in hidden], 1)
+    return trunk(tokens)[at.row, column]
+
+
+def scatter(values: Tensor, at: Positions, shape: tuple[int, int]) -> Tensor:
+    """(M, ...) at the positions of a zero (N, T, ...)."""
+    return values.new_zeros(*shape, *values.shape[1:]).index_put((at.row, at.column), values)
+
+
+def reduced(hidden: Tensor, token: Tensor, head: Callable[[Tensor], Tensor], names: Iterable[str], *,
+            hidden_ref: Tensor | None = None, head_ref: Callable[[Tensor], Tensor] | None = None,
+            vocabulary: int = 1, chunk: int | None = None) -> dict[str, Tensor]:
+    """Reducers of the next-token distributions, chunk positions at a time; each chunk is recomputed in backward."""
+    names = list(names)
+    if chunk is None:
+        chunk = max(16, CHUNK_BYTES // (4 * vocabulary))
+
+    def piece(h: Tensor, t: Tensor, h_ref: Tensor | None):
+        logits = upcast(head(h))
+        with torch.no_grad():
+            logits_ref = upcast(head_ref(h_ref)) if h_ref is not None else None
+        return tuple(ONE[n](logits, t) if n in ONE else TWO[n](logits, t, logits_ref) for n in names)
+
+    pieces = []
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        arguments = hidden[part], token[part], hidden_ref[part] if hidden_ref is not None else None
+        pieces.append(checkpoint(piece, *arguments, use_reentrant=False) if torch.is_grad_enabled() else piece(*arguments))
+    if not pieces:
+        return {n: upcast(hidden).sum(-1) for n in names}
+    return {n: torch.cat([p[i] for p in pieces]) for i, n in enumerate(names)}
+
+
+def upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------------------------------------------------------------------- the two passes
+def forward(models: Models, batch: Batch, reads: Iterable[str], *, chunk: int | None = None) -> Batch:
+    """Columns with gradient that `reads` names, for one micro-batch."""
+    reads = set(reads) & GRADIENT
+    at, shape = Positions.of(batch), tuple(batch["mask"].shape)
+    out: dict[str, Tensor] = {}
+    hidden_ref = None
+    if reads & {"token_kl", "states_ref"}:
+        with torch.no_grad(), models.reference_model() as reference:
+            hidden_ref = states(reference, batch, at, layers="states_ref" in reads)
+        if "states_ref" in reads:
+            out["states_ref"] = scatter(upcast(hidden_ref), at, shape)
+            hidden_ref = hidden_ref[:, -1] if "token_kl" in reads else None
+    names = [n for n in (*ONE, *TWO) if n in reads]
+    if not names and "last_state" not in reads:
+        return batch.with_columns(**out)
+    trunk = models.policy_model()
+    tokens, offset = left_aligned(batch)
+    every = trunk(tokens)
+    if names:
+        hidden = every[at.row, at.column - offset[at.row] - 1]
+        values = reduced(hidden, at.token, trunk.head, names, hidden_ref=hidden_ref, head_ref=models.reference_head,
+                         vocabulary=trunk.vocabulary, chunk=chunk)
+        out.update({n: scatter(v, at, shape) for n, v in values.items()})
+    if "last_state" in reads:
+        last = batch["attend"].bool().sum(1).clamp(min=1) - 1
+        out["last_state"] = upcast(every[torch.arange(len(last), device=last.device), last])
+    return batch.with_columns(**out)
+
+
+@torch.no_grad()
+def fill(models: Models, batch: Batch, reads: Iterable[str], *, tokens: int | None = None, other: Batch | None = None,
+         chunk: int | None = None) -> Batch:
+    """Frozen columns that `reads` names and the batch lacks, for a whole step, micro-batch by micro-batch.
+
+    `other` holds, for each group of the batch, a group of another prompt whose responses make KTO's mismatched rows.
+    """
+    wanted = [c for c in sorted(set(reads) & FROZEN) if c not in batch]
+    out: dict[str, Tensor] = {}
+    for column in wanted:
+        if column == "mismatched":
+            out[column] = mismatched(models, batch, other, tokens=tokens, chunk=chunk)
+            continue
+        made = [(part, one_frozen(models, part, column, chunk)) for part in batch.microbatches(tokens)]
+        out[column] = joined(batch, made)
+    return batch.with_columns(**out)
+
+
+def one_frozen(models: Models, batch: Batch, column: str, chunk: int | None) -> Tensor:
+    if column == "activation_mask":
+        from prefopt.activations import activation_mask
+        with models.reference_model() as reference:
+            return activation_mask(reference, batch)
+    if column == "logp_old":
+        return token_logp(models.policy_model(), batch, chunk)
+    with models.reference_model() as reference:
+        return token_logp(reference, batch, chunk)
+
+
+def token_logp(trunk: Trunk, batch: Mapping[str, Tensor], chunk: int | None = None) -> Tensor:
+    """Log-probability of every masked token under one model, (N, T), zeros elsewhere."""
+    at = Positions.of(batch)
+    hidden = states(trunk, batch, at)
+    values = reduced(hidden, at.token, trunk.head, ["logp"], vocabulary=trunk.vocabulary, chunk=chunk)["logp"]
+    return scatter(values, at, tuple(batch["mask"].shape))
+
+
+def joined(batch: Batch, made: list[tuple[Batch, Tensor]]) -> Tensor:
+    """Row columns of micro-batches put back in the order of the batch. `select` keeps rows in order."""
+    first = made[0][1]
+    out = first.new_zeros(batch.N, *first.shape[1:])
+    start = 0
+    for part, value in made:
+        out[(batch.index >= start) & (batch.index < start + part.groups)] = value
+        start += part.groups
+    return out
+
+
+def mismatched(models: Models, batch: Batch, other: Batch | None, *, tokens: int | None, chunk: int | None) -> Tensor:
+    """Summed log-ratio of each row's prompt with a response of the group in the same place of `other`, (N).
+
+    NaN for all rows where there is no other group: a step of one prompt has nothing to mismatch. Every row is scored by
+    itself; one that is longer than the budget of `tokens` is a micro-batch of its own.
+    """
+    if other is None:
+        return torch.full((batch.N,), torch.nan, device=batch["tokens"].device)
+    view = mismatched_rows(batch, other)
+    if tokens is not None:
+        tokens = max(tokens, int(view["attend"].sum(1).max()))
+    policy = joined(view, [(m, token_logp(models.policy_model(), m, chunk)) for m in view.microbatches(tokens)])
+    with models.reference_model() as reference:
+        ref = joined(view, [(m, token_logp(reference, m, chunk)) for m in view.microbatches(tokens)])
+    return (policy - ref).sum(1)
+
+
+def mismatched_rows(batch: Batch, other: Batch) -> Batch:
+    """Rows with the prompt of `batch` and a response of `other`: slot k takes slot k modulo the size of that group.
+
+    Each is a group of its own.
+    """
+    size = torch.bincount(other.index, minlength=other.groups)
+    lookup = torch.zeros(other.groups, other.width, dtype=torch.long, device=other.index.device)
+    lookup[other.index, other.slot] = torch.arange(other.N, device=other.index.device)
+    source = lookup[batch.index, batch.slot % size[batch.index]]
+    prompts, p_offset = left_aligned(batch)
+    answers, _ = left_aligned(other)
+    masks = other["mask"].bool()
+    rows, row_masks = [], []
+    other_offset, other_length = other["attend"].int().argmax(1), other["attend"].bool().sum(1)
+    for n in range(batch.N):
+        m, p = int(source[n]), int(batch["prompt_length"][n])
+        q, length, start = int(other["prompt_length"][m]), int(other_length[m]), int(other_offset[m])
+        rows.append(torch.cat([prompts[n, :p], answers[m, q:length]]))
+        row_masks.append(torch.cat([torch.zeros(p, dtype=torch.bool, device=masks.device),
+                                    masks[m, start + q:start + length]]))
+    pad = torch.nn.utils.rnn.pad_sequence
+    attend = pad([torch.ones(len(r), dtype=torch.bool, device=r.device) for r in rows], batch_first=True)
+    return Batch({"tokens": pad(rows, batch_first=True), "attend": attend, "mask": pad(row_masks, batch_first=True),
+                  "group": torch.arange(batch.N, device=masks.device)})
+
+
+def frozen_models(reads: Iterable[str]) -> set[str]:
+    """Which models besides the policy a recipe loads: {'reference'} or nothing. Derived from the columns it reads."""
+    return {"reference"} if set(reads) & REFERENCE else set()
+
+
+__all__ = ["fill", "forward", "frozen_models", "reduced", "states", "token_logp"]

@@ -1,0 +1,254 @@
+"""Loading models: the policy, with or without adapters, and what stands as its reference."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data_tools.columns import nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass
+class Trunk:
+    """A causal language model as its two halves: tokens -> hidden states, hidden states -> logits.
+
+    The halves are checked once against the model's own logits, so that soft-capping, logit scales and other things that
+    a model does between them are either reproduced or refused. `calls` counts tokens (padding included) and forwards of
+    the body, and positions through the head, which backward passes through it once more.
+    """
+    model: nn.Module
+    calls: dict = field(default_factory=lambda: {"tokens": 0, "forwards": 0, "positions": 0})
+
+    def __post_init__(self):
+        base = self.model.get_base_model() if is_peft(self.model) else self.model
+        self.body, self.output, self.name = base.base_model, base.get_output_embeddings(), type(base).__name__
+        if self.output is None or self.body is base:
+            raise ValueError(f"{self.name} has no language-model head: policies and references are causal "
+                             f"language models (AutoModelForCausalLM)")
+        config = base.config.get_text_config()
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        self.scale = getattr(config, "logit_scale", None) or 1.0
+        self.scale /= getattr(config, "logits_scaling", None) or 1.0
+        self.vocabulary, self.layer_count, self.width = (config.vocab_size, config.num_hidden_layers, config.hidden_size)
+        self.checked = False
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(N, T) ids, padding on the right -> (N, T, D), after the final norm."""
+        if not self.checked:
+            self.check(tokens)
+        self.calls["tokens"] += tokens.numel()
+        self.calls["forwards"] += 1
+        return self.body(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def layers(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states of layers 1..L, each (N, T, D), the last after the final norm; the embedding output is left out."""
+        self.calls["tokens"] += tokens.numel()
+        self.calls["forwards"] += 1
+        output = self.body(input_ids=tokens, use_cache=False, output_hidden_states=True)
+        return (*output.hidden_states[1:-1], output.last_hidden_state)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(M, D) -> logits (M, V)."""
+        self.calls["positions"] += len(hidden)
+        logits = self.output(hidden) * self.scale
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+    @torch.no_grad()
+    def check(self, tokens: Tensor) -> None:
+        """On a small slice, head(body(x)) must be the model's own logits, and no state may change with a later token."""
+        pair = tokens[:1, :8].repeat(2, 1)
+        pair[1, -1] = (pair[1, -1] + 1) % self.vocabulary
+        training, positions = self.model.training, self.calls["positions"]
+        self.model.eval()
+        own = self.model(input_ids=pair, use_cache=False).logits
+        hidden = self.body(input_ids=pair, use_cache=False).last_hidden_state
+        ours = self.head(hidden.flatten(0, 1)).view_as(own)
+        self.model.train(training)
+        self.calls["positions"] = positions
+        exact = own.dtype in (torch.float32, torch.float64)
+        gap = relative(hidden[1, :-1], hidden[0, :-1])
+        if not gap < (1e-4 if exact else 2e-2):
+            raise ValueError(f"{self.name} is not causal: its states change with later tokens (relative gap {gap:.1e}). "
+                             f"Policies and references predict the next token; encoders such as BERT cannot")
+        gap = relative(ours, own)
+        if not gap < (1e-3 if exact else 2e-2):
+            raise ValueError(f"{self.name} changes its logits in a way prefopt does not know (relative gap {gap:.1e} "
+                             f"between head(hidden) and the model's logits): please report the model's name")
+        self.checked = True
+
+
+def relative(x: Tensor, y: Tensor) -> float:
+    """Largest difference over the largest value of y; 0 where there is nothing to compare."""
+    return float((x - y).float().abs().max() / y.float().abs().max().clamp(min=1e-6)) if y.numel() else 0.0
+
+
+def is_peft(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("peft.")
+
+
+@dataclass
+class Models:
+    """The policy and, where a recipe reads it, its reference: a frozen copy, another model, or the policy less adapters."""
+    policy: nn.Module
+    reference: nn.Module | None = None                        # None with adapters: the policy with adapters off
+    tokenizer: object = None
+
+    def __post_init__(self):
+        self._policy = Trunk(self.policy)
+        self._reference = Trunk(self.reference) if self.reference is not None else None
+
+    def policy_model(self) -> Trunk:
+        return self._policy
+
+    @contextmanager
+    def reference_model(self) -> Iterator[Trunk]:
+        """The reference, in evaluation mode. Call under no_grad."""
+        if self._reference is not None:
+            yield self._reference
+            return
+        if not is_peft(self.policy):
+            raise ValueError("no reference model is loaded, although a column of it is read")
+        training = self.policy.training
+        self.policy.eval()
+        try:
+            with self.policy.disable_adapter():
+                yield self._policy
+        finally:
+            self.policy.train(training)
+
+    def reference_head(self, hidden: Tensor) -> Tensor:
+        """The reference's head, at any time: adapters on the head are off while it runs."""
+        if self._reference is None and is_peft(self._policy.output):
+            with self.reference_model() as reference:
+                return reference.head(hidden)
+        return (self._reference or self._policy).head(hidden)
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.policy.named_parameters() if p.requires_grad]
+
+    def reference_trainable(self) -> list[Tensor]:
+        """The reference's counterparts of the policy's trainable parameters, for a reference that moves."""
+        own = dict(self.reference.named_parameters())
+        missing = [n for n, _ in self.trainable() if n not in own]
+        if missing:
+            raise ValueError(f"a reference that moves towards the policy must be built like it, and it has no {missing[0]}: "
+                             f"leave reference out, so that it starts as a copy of the policy")
+        return [own[n] for n, _ in self.trainable()]
+
+
+def frozen_copy(policy: nn.Module) -> nn.Module:
+    """A copy of the policy that never trains. Parameters that do not train in the policy (LoRA's base) are shared."""
+    shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    return copy.deepcopy(policy, shared).requires_grad_(False).eval()
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False):
+    """The tokenizer that was saved, whatever the model beside it.
+
+    AutoTokenizer replaces a generic saved tokenizer by the class of the model's type and drops its merges and splitting
+    rules without a word (seen in transformers 5.19 with a Qwen2 model); a generic one is therefore loaded as saved.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+    try:
+        saved = get_tokenizer_config(name, revision=revision, trust_remote_code=trust_remote_code).get("tokenizer_class")
+        home = PreTrainedTokenizerFast if saved in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
+        return home.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer could be loaded from {name!r}: {str(error).splitlines()[0]}. Set tokenizer to a "
+                         f"folder with tokenizer.json, or to a hub id") from None
+
+
+def load_policy(name: str, *, dtype: str = "float32", attention: str | None = None, revision: str | None = None,
+                trust_remote_code: bool = False, quantize: int | None = None, lora: dict | None = None,
+                gradient_checkpointing: bool = False, dropout: bool = False) -> nn.Module:
+    """A causal language model ready to train; `lora` holds arguments of peft.LoraConfig, `quantize` 4 or 8 bits (QLoRA).
+
+    A folder with an adapter (adapter_config.json) loads its base model and goes on training the adapter. Weights are read
+    from safetensors only. Raises ValueError where the folder or hub id holds no causal language model, or not all of one.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}; dtypes: {', '.join(DTYPES)}")
+    extra = {"attn_implementation": attention} if attention else {}
+    if quantize:
+        extra["quantization_config"] = _quantization(quantize, DTYPES[dtype])
+    adapter = Path(name) if (Path(name) / "adapter_config.json").exists() else None
+    if adapter:
+        name = _base_of(adapter, lora)
+    model = _whole(name, dtype=DTYPES[dtype], revision=revision, trust_remote_code=trust_remote_code, **extra)
+    if not dropout:
+        disable_dropout(model)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if quantize:
+        from peft import prepare_model_for_kbit_training
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing,
+                                                gradient_checkpointing_kwargs={"use_reentrant": False})
+    if adapter:
+        from peft import PeftModel
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    elif lora:
+        from peft import LoraConfig, TaskType, get_peft_model
+        lora = {"task_type": TaskType.CAUSAL_LM, "target_modules": "all-linear", **lora}
+        model = get_peft_model(model, LoraConfig(**lora))
+    return model.train()
+
+
+def _whole(name: str, **arguments) -> nn.Module:
+    """A causal language model all of whose weights were found: none is left at random."""
+    from transformers import AutoModelForCausalLM
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, output_loading_info=True,
+                                                            **arguments)
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        said = said if len(said) < 400 else f"{said[:240]} ... {said[-120:]}"
+        raise ValueError(f"cannot load {name!r} as a causal language model (a folder with config.json and safetensors, or "
+                         f"a hub id): {said}") from error
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"])[:4])
+        raise ValueError(f"{name!r} lacks weights of {type(model).__name__}: {missing}. It was saved from another kind of "
+                         f"model; policies and references are causal language models")
+    return model
+
+
+def _base_of(adapter: Path, lora: dict | None) -> str:
+    """The model an adapter was trained on, after checks that it can go on."""
+    from peft import PeftConfig
+    if lora:
+        raise ValueError(f"{adapter} holds an adapter, which goes on training, and lora asks for a new one: leave lora out, "
+                         f"or merge the adapter into its model first")
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise ValueError(f"{adapter} has adapter_config.json but no adapter_model.safetensors: save the adapter again with "
+                         f"a current peft, which writes safetensors")
+    return PeftConfig.from_pretrained(adapter).base_model_name_or_path
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout is an nn.Dropout, or a number that modules copy from the config."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for key, value in vars(module).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(module, key, 0.0)
+
+
+def _quantization(bits: int, dtype: torch.dtype):
+    from importlib.util import find_spec
+    if bits not in (4, 8):
+        raise ValueError(f"policy.quantize must be 4 or 8 bits, found {bits}")
+    if find_spec("bitsandbytes") is None:
+        raise ImportError("policy.quantize needs the package bitsandbytes: pip install 'prefopt[quantize]'")
+    from transformers import BitsAndBytesConfig
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
+                              bnb_4bit_use_double_quant=True)

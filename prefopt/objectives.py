@@ -1,0 +1,269 @@
+"""Objectives: slots filled with parts. `annotate` sees the whole optimiser step without gradient, `loss` a micro-batch."""
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from data_tools.batch import Batch
+from prefopt import label_rules
+from prefopt.diagnose import PAIR_METRICS, ROW_METRICS
+from prefopt.margins import difference
+from prefopt.parts import Columns, Part, Stateful, bind, columns_read, finite, kind, name, needs
+from prefopt.reductions import group_mean, term_mean
+from prefopt.references import Frozen
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`value` to minimise and detached metrics: plain weighted sums over rows, so that micro-batches add."""
+    value: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """An extra loss term: weight * sum(unit * part).
+
+    `part` says what it returns (`-> Pairs | Rows | Lists | Tokens`); `reduce` makes `unit` of that shape from `terms`,
+    which entries count. By default all labelled pairs, compared rows, their tokens, or groups with compared rows.
+    """
+    part: Part
+    weight: float = 1.0
+    reduce: Part = group_mean
+    terms: Part | None = None
+
+
+class Grouped(Mapping):
+    """Row columns seen as (B, K, ...) with zeros in empty slots; group columns as they are."""
+
+    def __init__(self, rows: Mapping[str, Tensor], batch: Batch):
+        self.rows, self.batch, self.seen = rows, batch, {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.seen:
+            value = self.real() if key == "real" else self.rows[key]
+            if key not in ("real", "wins", "labels", "unit"):
+                value = self.batch.grouped(value)[0]
+            if key == "relevance":
+                value = torch.where(self["real"], value, 0.0)
+            if key == "wins":
+                real, others = self["real"], ~torch.eye(value.shape[-1], dtype=torch.bool, device=value.device)
+                value = torch.where(real[:, :, None] & real[:, None, :] & others, value, torch.nan)
+            self.seen[key] = value
+        return self.seen[key]
+
+    def real(self) -> Tensor:
+        """Slots that take part in the comparison: a row is there, trains, and is labelled."""
+        real = self.batch.real
+        for column, absent in (("train", lambda x: x == 0), ("relevance", torch.isnan)):
+            if column in self.rows:
+                real = real & ~self.batch.grouped(absent(self.rows[column].float()))[0]
+        return real
+
+    def __contains__(self, key: object) -> bool:
+        return key == "real" or key in self.rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**dict.fromkeys(self.rows), "real": None})
+
+    def __len__(self) -> int:
+        return len(set(self.rows) | {"real"})
+
+
+# what counts as a term of each kind, unless a Term says otherwise
+def labelled_pairs(labels):
+    return labels
+
+
+def compared_rows(real):
+    return real.double()
+
+
+def compared_lists(real):
+    return real.any(-1).double()
+
+
+def compared_tokens(mask, real):
+    return (mask.bool() & real[..., None]).double()
+
+
+TERMS = {"Pairs": labelled_pairs, "Rows": compared_rows, "Lists": compared_lists, "Tokens": compared_tokens}
+
+
+@dataclass(frozen=True)
+class PreferenceObjective:
+    """score -> margin -> ranking, weighted by labels, pair weights and the reduction.
+
+    loss = weight * sum(unit * pair_weight * ranking) + sum over regularisers of weight * sum(unit * part)
+
+    `score` and `providers` see rows (N, ...); every other part sees groups (B, K, ...), where `real` marks the rows that
+    are compared. Probe rows (`train` False) and unlabelled rows (`relevance` NaN) are in no term but may be read.
+    `annotations` fill columns before the step; `providers` make columns with gradient (learned masks).
+    `bounded` is False where the loss has no lower bound, so that a run can warn.
+    """
+    score: Part
+    ranking: Part
+    margin: Part = difference
+    labels: Part = label_rules.as_given
+    pair_weight: Part | None = None
+    reduce: Part = group_mean
+    regularisers: Mapping[str, Term] = field(default_factory=dict)
+    annotations: Mapping[str, Part] = field(default_factory=dict)
+    providers: Mapping[str, Part] = field(default_factory=dict)
+    reference: object = Frozen()
+    ranking_terms: Part | None = None
+    weight: float = 1.0
+    bounded: bool = True
+
+    whole_groups = True                                       # a micro-batch holds whole groups
+
+    def __post_init__(self):
+        for part, reduce in ((self.ranking, self.reduce), *((t.part, t.reduce) for t in self.regularisers.values())):
+            kind(part)
+            columns_read(reduce)
+        if self.pair_weight is not None and kind(self.ranking) != "Pairs":
+            raise ValueError(f"pair_weight {name(self.pair_weight)!r} needs a pairwise ranking, and "
+                             f"{name(self.ranking)!r} is one of {kind(self.ranking).lower()}: choose a part of "
+                             f"prefopt.pairwise, or leave pair_weight out")
+
+    def with_slots(self, **slots) -> PreferenceObjective:
+        return replace(self, **slots)
+
+    # ------------------------------------------------------------------------------------------ what it reads
+    def loss_parts(self) -> list[Part]:
+        extra = [self.pair_weight] if self.pair_weight is not None else []
+        return [self.ranking, *extra, *(t.part for t in self.regularisers.values())]
+
+    def unit_parts(self) -> list[Part]:
+        pairs = [(self.ranking, self.reduce, self.ranking_terms)]
+        pairs += [(t.part, t.reduce, t.terms) for t in self.regularisers.values()]
+        return [p for part, reduce, terms in pairs for p in (reduce, terms or TERMS[kind(part)])]
+
+    def made(self) -> dict[str, Part]:
+        """Columns that parts of this objective make for other parts."""
+        return {"score": self.score, "margin": self.margin, "labels": self.labels, **self.providers}
+
+    def reads(self) -> set[str]:
+        """Columns that must be in the batch before `annotate` or made by the forward pass before `loss`."""
+        return self.reads_before() | self.reads_forward()
+
+    def reads_before(self) -> set[str]:
+        """Columns that `annotate` needs; the policy is then the one before the step, so `logp` is `logp_old`."""
+        made = {k: v for k, v in self.made().items() if k not in self.annotations}
+        before = needs([*self.annotations.values(), *self.unit_parts()], made)
+        before = {"logp_old" if c == "logp" else c for c in before} - set(self.annotations)
+        return self._from_labels(before)
+
+    def reads_forward(self) -> set[str]:
+        return self._from_labels(needs(self.loss_parts(), self.made()) - set(self.annotations))
+
+    @staticmethod
+    def _from_labels(columns: set[str]) -> set[str]:
+        made = {"real", "terms", "labels"}
+        return {"relevance" if c == "wins" else c for c in columns} - made
+
+    def modules(self) -> list[nn.Module]:
+        parts = [*self.loss_parts(), *self.made().values(), *self.annotations.values()]
+        return list({id(p): p for p in parts if isinstance(p, nn.Module)}.values())
+
+    def states(self) -> dict[str, object]:
+        """Parts with memory that are not modules, by the column they make."""
+        return {c: p for c, p in self.annotations.items() if isinstance(p, Stateful)}
+
+    # ------------------------------------------------------------------------------------------ the two phases
+    def columns(self, batch: Mapping[str, Tensor], made: Mapping[str, Part]) -> tuple[Columns, Columns]:
+        """The batch seen as rows and as groups, with what parts make. Row columns are made from rows."""
+        grouped_only = {"margin", "labels", "wins"}
+        row_made = {k: p for k, p in made.items() if k not in grouped_only}
+        rows = Columns(batch, row_made)
+        labels = {"labels": self.labels, "margin": self.margin}
+        if "wins" not in batch:
+            labels["wins"] = label_rules.from_relevance
+        if "relevance" not in batch and "wins" in batch:
+            labels["relevance"] = label_rules.relevance_of
+        return rows, Columns(Grouped(rows, batch), labels)
+
+    @torch.no_grad()
+    def annotate(self, batch: Batch) -> Batch:
+        """Fill the columns of `annotations` and the reduction weights `unit`, over all groups of the optimiser step.
+
+        Every process calls it once per step, also when it has no group of its own.
+        """
+        before = dict(batch)
+        if "logp_old" in before or "logp" in before:
+            before["logp_old"] = before.get("logp_old", before.get("logp")).detach()
+            before["logp"] = before["logp_old"]
+        before = Batch(before, batch.width)
+        out: dict[str, Tensor] = {}
+        for column, part in self.annotations.items():
+            if column in batch:                               # given: a reference point of one's own, say
+                continue
+            _, groups = self.columns(before, {k: v for k, v in self.made().items() if k != column})
+            out[column] = batch.rows(finite(f"{name(part)} ({column})", bind(part, groups)))
+            before = before.with_columns(**{column: out[column]})
+        _, groups = self.columns(before, self.made())
+        out["unit"] = self._unit(self.ranking, self.reduce, self.ranking_terms, groups, batch)
+        for key, term in self.regularisers.items():
+            out[f"unit@{key}"] = self._unit(term.part, term.reduce, term.terms, groups, batch)
+        out["unit@pairs"] = group_mean(hard_pairs(groups["wins"]))
+        out["unit@rows"] = term_mean(compared_rows(groups["real"]))
+        if "logp_old" in self.reads_forward() and "logp_old" in before:
+            out["logp_old"] = before["logp_old"]
+        return batch.with_columns(**out)
+
+    @staticmethod
+    def _unit(part: Part, reduce: Part, terms: Part | None, groups: Columns, batch: Batch) -> Tensor:
+        counted = bind(terms or TERMS[kind(part)], groups).double()
+        unit = bind(reduce, ChainMap({"terms": counted}, groups))
+        if "weight" in batch:
+            weight = batch.grouped("weight")[0].amax(1).double()
+            unit = unit * weight.reshape(-1, *[1] * (unit.ndim - 1))
+        return unit
+
+    def loss(self, batch: Batch) -> Loss:
+        """Weighted sum over the micro-batch. `annotate` must have run on the whole step."""
+        if "unit" not in batch:
+            raise KeyError("the batch has no column 'unit': call objective.annotate(batch) on the whole step first")
+        made = {k: v for k, v in self.made().items() if k not in self.annotations}
+        rows, groups = self.columns(batch, made)
+        value = bind(self.ranking, groups)
+        if self.pair_weight is not None:
+            value = value * bind(self.pair_weight, groups).detach()
+        total = self.weight * weighted(batch["unit"], value, self.ranking)
+        metrics = {"loss/ranking": total.detach()}
+        for key, term in self.regularisers.items():
+            extra = term.weight * weighted(batch[f"unit@{key}"], bind(term.part, groups), term.part)
+            metrics[f"loss/{key}"] = extra.detach()
+            total = total + extra
+        metrics.update(measured({**PAIR_METRICS, **ROW_METRICS}, batch, groups))
+        return Loss(total, metrics)
+
+    def measure(self, batch: Batch, metrics: Mapping[str, Part]) -> dict[str, Tensor]:
+        """Diagnostics (`prefopt.diagnose`) as weighted sums over labelled pairs or compared rows; micro-batches add."""
+        made = {k: v for k, v in self.made().items() if k not in self.annotations}
+        return measured(metrics, batch, self.columns(batch, made)[1])
+
+
+def weighted(unit: Tensor, value: Tensor, part: Part) -> Tensor:
+    """sum(unit * value); entries of weight 0 do not enter, whatever they hold."""
+    if unit.shape != value.shape:
+        raise ValueError(f"part {name(part)!r} returned {tuple(value.shape)} where its reduction has {tuple(unit.shape)}: "
+                         f"its return annotation says {kind(part)}")
+    return torch.where(unit != 0, unit.to(value.dtype) * value, 0.0).sum()
+
+
+def hard_pairs(wins: Tensor) -> Tensor:
+    """1 where i is preferred to j by more than half."""
+    return (torch.nan_to_num(wins, nan=0.0) > 0.5).double()
+
+
+@torch.no_grad()
+def measured(metrics: Mapping[str, Part], batch: Batch, groups: Columns) -> dict[str, Tensor]:
+    """Those metrics whose columns are there. Each is averaged over the labelled pairs, or the compared rows, of the step."""
+    units = {"Pairs": batch["unit@pairs"], "Rows": batch["unit@rows"]}
+    return {key: weighted(units[kind(part)], bind(part, groups).double(), part) for key, part in metrics.items()
+            if all(column in groups for column in columns_read(part))}

@@ -1,0 +1,227 @@
+"""score slot: columns of a row -> one number per response (N). Every sum runs over trainable response tokens.
+
+A reward model is the preference objective with another score, so ranking losses never know where scores come from.
+"""
+from __future__ import annotations
+
+import math
+from functools import partial  # noqa: F401  (doctests)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefopt.ops import log1mexp, log_ratios, masked, masked_mean, masked_sum
+
+__all__ = ["alpha_divergence", "forward_kl", "jensen_shannon", "length_desensitised", "log_likelihood", "log_odds",
+           "log_ratio", "mean_log_ratio", "mean_logp", "scaled_reference", "token_masked"]
+
+
+def log_ratio(logp, logp_ref, mask, *, beta=0.1) -> Tensor:
+    """Implicit reward of DPO.
+
+    s = beta rho,   rho = sum_t (log pi_t - log pi_ref_t)
+
+    beta        temperature of the KL penalty whose optimum this is; DPO 0.1
+    Gradient    through logp only (logp_ref is frozen)
+    Edge        an empty response scores 0
+    Relations   `mean_log_ratio` divides by the length; `alpha_divergence`, `forward_kl`, `jensen_shannon` bend rho
+    Departs     -
+    Reference   Rafailov et al., Direct Preference Optimization, arXiv:2305.18290, eq. 5
+
+    >>> log_ratio(torch.tensor([[-1., -2.]]), torch.tensor([[-2., -3.]]), torch.ones(1, 2), beta=0.5)
+    tensor([1.])
+    """
+    return beta * log_ratios(logp, logp_ref, mask).sum(-1)
+
+
+def mean_log_ratio(logp, logp_ref, mask, *, beta=0.1) -> Tensor:
+    """Length-normalised implicit reward.
+
+    s = beta rho / |y|
+
+    beta        as in `log_ratio`
+    Gradient    through logp only
+    Edge        an empty response scores 0 (never 0/0)
+    Relations   `log_ratio` when every response has one token
+    Departs     -
+    Reference   Azar et al., arXiv:2310.12036 (as run by its authors); TRL `ipo`, `sigmoid_norm`
+
+    >>> mean_log_ratio(torch.tensor([[-1., -2.]]), torch.tensor([[-2., -3.]]), torch.ones(1, 2), beta=0.5)
+    tensor([0.5000])
+    """
+    return beta * masked_mean(log_ratios(logp, logp_ref, mask), mask)
+
+
+def log_likelihood(logp, mask, *, beta=1.0) -> Tensor:
+    """Scaled sequence log-probability, no reference.
+
+    s = beta sum_t log pi_t
+
+    beta        scale; SLiC 1, RSO's hinge 0.05 (its gamma), CPL 0.1 (its alpha)
+    Gradient    through logp
+    Edge        an empty response scores 0
+    Relations   `log_ratio` with logp_ref = 0
+    Departs     -
+    Reference   Zhao et al., SLiC-HF, arXiv:2305.10425
+
+    >>> log_likelihood(torch.tensor([[-1., -2.]]), torch.ones(1, 2))
+    tensor([-3.])
+    """
+    return beta * masked_sum(logp, mask)
+
+
+def mean_logp(logp, mask, *, beta=2.0) -> Tensor:
+    """Average log-probability of a response, no reference.
+
+    s = beta (1/|y|) sum_t log pi_t
+
+    beta        scale; SimPO 2 to 10
+    Gradient    through logp
+    Edge        an empty response scores 0
+    Relations   `log_likelihood` divided by the length
+    Departs     -
+    Reference   Meng et al., SimPO, arXiv:2405.14734, eq. 4
+
+    >>> mean_logp(torch.tensor([[-1., -2.]]), torch.ones(1, 2))
+    tensor([-3.])
+    """
+    return beta * masked_mean(logp, mask)
+
+
+def log_odds(logp, mask) -> Tensor:
+    """Log-odds of the length-normalised likelihood.
+
+    s = a - log(1 - exp a),   a = (1/|y|) sum_t log pi_t
+
+    Gradient    through logp
+    Edge        a is clamped to at most -1e-6 inside log1mexp: a certain response keeps a finite score
+    Relations   for small probabilities s ~ a, that is `mean_logp` with beta = 1
+    Departs     -
+    Reference   Hong et al., ORPO, arXiv:2403.07691, eq. 4
+
+    >>> log_odds(torch.tensor([[-0.6931472]]), torch.ones(1, 1)).abs() < 1e-6        # p = 1/2
+    tensor([True])
+    """
+    a = masked_mean(logp, mask)
+    return a - log1mexp(a)
+
+
+def forward_kl(logp, logp_ref, mask, *, beta=0.1, limit=80.0) -> Tensor:
+    """Implicit reward under a forward KL penalty.
+
+    s = beta (1 - exp(-rho))
+
+    beta        weight of the divergence
+    limit       the exponent -rho is clamped to this before exp (no gradient beyond)
+    Gradient    through logp only; factor exp(-rho)
+    Edge        rho = 0 gives 0
+    Relations   `alpha_divergence(alpha=0)`
+    Departs     -
+    Reference   Wang et al., Beyond Reverse KL, arXiv:2309.16240, table 1
+
+    >>> forward_kl(torch.tensor([[0.]]), torch.tensor([[1.]]), torch.ones(1, 1), beta=1.)       # 1 - e
+    tensor([-1.7183])
+    """
+    return -beta * torch.expm1(-log_ratios(logp, logp_ref, mask).sum(-1).clamp(min=-limit))
+
+
+def jensen_shannon(logp, logp_ref, mask, *, beta=0.1) -> Tensor:
+    """Implicit reward under a Jensen-Shannon penalty.
+
+    s = beta (log 2 + log sigmoid(rho))
+
+    beta        weight of the divergence
+    Gradient    through logp only; factor sigmoid(-rho): it saturates for rho >> 0
+    Edge        rho = 0 gives 0, with slope 1/2 (the other divergences have slope 1)
+    Relations   bounded above by beta log 2
+    Departs     -
+    Reference   Wang et al., arXiv:2309.16240, table 1
+
+    >>> jensen_shannon(torch.tensor([[0.]]), torch.tensor([[0.]]), torch.ones(1, 1))
+    tensor([0.])
+    """
+    return beta * (math.log(2) + F.logsigmoid(log_ratios(logp, logp_ref, mask).sum(-1)))
+
+
+def alpha_divergence(logp, logp_ref, mask, *, beta=0.1, alpha=0.5, limit=80.0) -> Tensor:
+    """Implicit reward under an alpha-divergence penalty.
+
+    s = beta (exp((alpha - 1) rho) - 1) / (alpha - 1),   s = beta rho where |alpha - 1| < 1e-6
+
+    alpha       0 is forward KL, 1 reverse KL (DPO); 0.5 default. The first f-DPO code calls 1 - alpha alpha
+    limit       the exponent is clamped to this before exp (no gradient beyond)
+    Gradient    through logp only; factor exp((alpha - 1) rho)
+    Edge        rho = 0 gives 0
+    Relations   `forward_kl` at 0, `log_ratio` at 1
+    Departs     computed with expm1 in the input's dtype; TRL 1.16 computes this branch in float32
+    Reference   Wang et al., arXiv:2309.16240; TRL `f_divergence_type="alpha_divergence"`
+
+    >>> alpha_divergence(torch.tensor([[0.]]), torch.tensor([[1.]]), torch.ones(1, 1), beta=1., alpha=0.5)   # 2 (1 - e^.5)
+    tensor([-1.2974])
+    """
+    rho = log_ratios(logp, logp_ref, mask).sum(-1)
+    if abs(alpha - 1) < 1e-6:
+        return beta * rho
+    return beta * torch.expm1(((alpha - 1) * rho).clamp(max=limit)) / (alpha - 1)
+
+
+def scaled_reference(logp, logp_ref, mask, *, beta=0.1, gamma=1.0) -> Tensor:
+    """Implicit reward with the reference counted gamma times.
+
+    s = beta sum_t (log pi_t - gamma log pi_ref_t)
+
+    gamma       1 is DPO, 0 ignores the reference, 2 counts it twice
+    Gradient    through logp only
+    Edge        an empty response scores 0
+    Relations   gamma = 1 is `log_ratio`, gamma = 0 is `log_likelihood`
+    Departs     -
+    Reference   Chen et al., Preference Learning Algorithms Do Not Learn Preference Rankings, arXiv:2405.19534
+
+    >>> scaled_reference(torch.tensor([[-1.]]), torch.tensor([[-2.]]), torch.ones(1, 1), beta=1., gamma=2.)
+    tensor([3.])
+    """
+    return beta * (masked_sum(logp, mask) - gamma * masked_sum(logp_ref.detach(), mask))
+
+
+def length_desensitised(logp, logp_ref, mask, shared_length, *, beta=0.1, alpha=0.5) -> Tensor:
+    """Implicit reward that discounts the tokens beyond the group's shortest response.
+
+    s = beta [ sum_{t <= l} rho_t + alpha sum_{t > l} rho_t ],   l = shared_length
+
+    alpha       1 is DPO; 0 compares only the first l tokens
+    Gradient    through logp only
+    Edge        t counts trainable response tokens; an empty response scores 0
+    Relations   `log_ratio` at alpha = 1 or equal lengths
+    Departs     -
+    Reference   Liu et al., Length Desensitization in DPO (LD-DPO), arXiv:2409.06411
+
+    >>> ld = partial(length_desensitised, beta=1., alpha=0.5)
+    >>> ld(torch.zeros(1, 2), -torch.ones(1, 2), torch.ones(1, 2), torch.tensor([1]))
+    tensor([1.5000])
+    """
+    rho = log_ratios(logp, logp_ref, mask)
+    inside = mask.bool().cumsum(-1) <= shared_length[:, None]
+    return beta * torch.where(inside, rho, alpha * rho).sum(-1)
+
+
+def token_masked(logp, logp_ref, mask, reward_mask, kl_mask, token_kl, *, beta=0.1) -> Tensor:
+    """Implicit reward with token weights on the log-ratio and on the token KL.
+
+    s = beta sum_t (mu_t rho_t + md_t k_t),   k_t = KL(pi_ref(.|s_t) || pi(.|s_t))
+
+    A pair's margin is then beta [(U_w - U_l) - (D_l - D_w)], U = sum mu_t rho_t, D = sum md_t k_t.
+
+    beta        SparsePO 0.8 (sentiment, summarisation), 0.1 (dialogue)
+    Gradient    through logp and token_kl to the policy, and through both masks
+    Edge        both masks are multiplied by the response mask: padding gets exactly zero gradient
+    Relations   md = 0, mu = 1 is `log_ratio`; mu = md = 1 is token-level DPO (TDPO-1)
+    Departs     -
+    Reference   Christopoulou et al., SparsePO, arXiv:2410.05102; Zeng et al., TDPO, arXiv:2404.11999
+
+    >>> one, half = torch.ones(1, 2), torch.full((1, 2), 0.5)
+    >>> token_masked(one, 0 * one, one, half, 0 * one, one, beta=1.)
+    tensor([1.])
+    """
+    rho, kl = log_ratios(logp, logp_ref, mask), masked(token_kl, mask)
+    return beta * (masked(reward_mask, mask) * rho + masked(kl_mask, mask) * kl).sum(-1)

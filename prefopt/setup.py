@@ -1,0 +1,100 @@
+"""What a run starts from: processes, seeds, models, the optimiser with its schedule, the sampler of fresh responses."""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from prefopt import folder
+from prefopt.config import Run
+from prefopt.forward import frozen_models
+from prefopt.models import Models, frozen_copy, load_policy
+
+
+def accelerator(run: Run):
+    """Accelerate's view of the machine: device, processes, precision, trackers. May be asked for again by a later run.
+
+    Several processes are those of `torchrun --nproc_per_node 2 -m prefopt train run.yaml`; without a GPU they talk over
+    gloo. `accelerate launch --multi_gpu` does as well, but `accelerate launch --cpu --num_processes 2` starts only one.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(reset_partial_state=True)   # an earlier run may have had another precision or device
+    if absent := [tracker for tracker in run.log if find_spec(tracker) is None]:
+        raise ImportError(f"log asks for {absent[0]}, which is not installed: pip install {absent[0]}, or leave it out")
+    cpu = run.train.device == "cpu" or not torch.accelerator.is_available()
+    found = Accelerator(mixed_precision=run.train.precision, cpu=cpu, log_with=run.log or None, project_dir=run.out)
+    if run.train.precision == "fp16" and found.scaler is None:
+        raise ValueError(f"train.precision=fp16 needs a GPU, and this is {found.device.type}: set it to bf16 or no")
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if found.num_processes != launched:                       # each would train alone and write over the others
+        raise ValueError(f"{launched} processes were launched (WORLD_SIZE), but they form {found.num_processes} group on "
+                         f"{found.device}: launch them with torchrun or accelerate launch, or set train.device=cpu")
+    return found
+
+
+def seed(*numbers: int) -> None:
+    """Seed all generators from (seed, step, process), once per step: noise has no state, so that a resumed run draws what
+    it would have drawn, and an evaluation takes nothing from training. Step 0 is the start, and every evaluation."""
+    from accelerate.utils import set_seed
+    set_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def load_models(run: Run, objective, tokenizer, checkpoint: Path | None, device, cached: Collection[str] = ()) -> Models:
+    """The policy (from the checkpoint when resuming), and the reference where a column that is not `cached` needs it."""
+    own, moves = run.policy.model_dump(), objective.reference.moves
+    policy = load_policy(**{**own, "name": str(checkpoint / "model"), "revision": None, "lora": None} if checkpoint else own)
+    policy.to(device)
+    if not frozen_models(objective.reads().difference(cached)) or (has_adapters(run) and not moves):
+        reference = None                                      # the policy with its fresh adapters off, where it has them
+    elif run.reference is None and (moves or not checkpoint):
+        reference = frozen_copy(policy)                       # a checkpoint knows where it has moved to
+    else:
+        reference = load_reference(run, device).policy
+    models = Models(policy, reference, tokenizer)
+    for module in objective.modules():
+        module.setup(layers=models.policy_model().layer_count, width=models.policy_model().width)
+        module.to(device)
+    return models
+
+
+def load_reference(run: Run, device) -> Models:
+    """The reference alone, in both roles."""
+    reference = load_policy(**folder.frozen_policy(run).model_dump()).requires_grad_(False).eval().to(device)
+    return Models(reference, reference)
+
+
+def has_adapters(run: Run) -> bool:
+    """Whether the policy with its adapters off is the reference."""
+    return run.reference is None and run.policy.lora is not None
+
+
+def optimization(run: Run, models: Models, objective, steps: int):
+    """The optimiser (policy with and without weight decay, learned parts apart) and the schedule."""
+    t = run.train
+    named = models.trainable()
+    groups = [{"params": [p for _, p in named if p.ndim >= 2], "weight_decay": t.weight_decay},
+              {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0}]
+    modules = [p for m in objective.modules() for p in m.parameters()]
+    groups.append({"params": modules, "weight_decay": t.modules.weight_decay, "lr": t.modules.lr or t.lr})
+    optimizer = run.make_optimizer()([g for g in groups if g["params"]])
+    from transformers import get_scheduler
+    warmup = round(t.warmup * steps) if t.warmup < 1 else int(t.warmup)
+    kind = "constant_with_warmup" if t.schedule == "constant" else t.schedule
+    return optimizer, get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def sampling(run: Run, models: Models, tokenizer) -> Callable:
+    """Fresh responses of the current policy for recipes that read online rows."""
+    from prefopt.rollout.transformers import continuations
+    eos = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos or 0
+    settings = dict(n=run.train.online.k, max_new_tokens=run.train.online.max_new_tokens, pad=pad, eos=eos,
+                    temperature=run.train.online.temperature)
+    device = next(models.policy.parameters()).device
+    return lambda prompts: [[r.cpu() for r in rows] for rows in
+                            continuations(models.policy, [p.to(device) for p in prompts], **settings)]

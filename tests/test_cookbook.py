@@ -1,0 +1,270 @@
+"""The cookbook runs: files load, commands in its pages exist, small versions meet their expectations."""
+import importlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_tokenizers import fast
+from tiny_models import Float64, tiny
+
+from data_tools.collate import collate
+from data_tools.records import Group, Response
+from prefopt import config, recipes
+from prefopt.forward import fill, forward
+from prefopt.models import Models
+
+ROOT = Path(__file__).parents[1]
+COOKBOOK = ROOT / "cookbook"
+RUN_FILES = sorted(COOKBOOK.rglob("*.yaml"))
+TOY_FILES = sorted(COOKBOOK.glob("*/toy.yaml"))
+SCRIPTS = sorted(path for path in COOKBOOK.glob("*/*.py") if "--toy" in path.read_text())
+PAGES = sorted([ROOT / "README.md", *COOKBOOK.rglob("*.md")])
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def script(name: str, monkeypatch):
+    """A script of the cookbook as a module, with its folder on the path as when it is run."""
+    path = COOKBOOK / name
+    monkeypatch.syspath_prepend(str(path.parent))
+    for other in path.parent.glob("*.py"):
+        sys.modules.pop(other.stem, None)
+    return importlib.import_module(path.stem)
+
+
+# -------------------------------------------------------------------------------------------------------- files and pages
+@pytest.mark.parametrize("path", RUN_FILES, ids=shown)
+def test_run_files_load(path):
+    run = config.load(path)
+    assert run.objective().reads()
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of code in a page that run something of this project."""
+    code = "\n".join(re.findall(r"```(?:bash|sh|console)?\n(.*?)```", page.read_text(), re.S))
+    code += "\n" + "\n".join(re.findall(r"`([^`\n]+)`", page.read_text()))
+    pieces = [piece.strip() for line in code.splitlines() for piece in re.split(r"&&|\|", line.split(" #")[0])]
+    return [p for p in pieces if re.match(r"(python|prefopt) ", p)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_commands_of_a_page_exist(page):
+    """Scripts and run files that a page names are there, scripts know their options, run files take the overrides."""
+    for command in commands(page):
+        words = command.split()
+        files = [w for w in words if re.fullmatch(r"cookbook/\S+\.(py|yaml)", w)]
+        files += [m.replace(".", "/") + ".py" for m in re.findall(r"-m (cookbook\.\S+)", command)]
+        for name in files:
+            assert (ROOT / name).exists(), f"{command!r} in {shown(page)}"
+            if name.endswith(".py"):
+                known = "".join(p.read_text() for p in [*(ROOT / name).parent.glob("*.py"), *COOKBOOK.glob("*.py")])
+                for option in re.findall(r"(?<= )--[a-z-]+", command):
+                    assert f'"{option}"' in known, f"{option} of {command!r} in {shown(page)}"
+            elif words[:2] == ["prefopt", "train"]:
+                config.load(ROOT / name, [w for w in words if re.fullmatch(r"[a-z_.]+=\S+", w)])
+
+
+def test_the_pages_of_studies_have_commands():
+    """The search above finds something in every page of a folder with scripts."""
+    for page in COOKBOOK.glob("*/README.md"):
+        if any(page.parent.glob("*.py")):
+            assert any("cookbook" in command for command in commands(page)), shown(page)
+
+
+# --------------------------------------------------------------------------------------------------------------- toy runs
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCRIPTS, ids=shown)
+def test_toy_scripts_meet_their_expectations(path, tmp_path):
+    """Exit code 0: every claim that the script checks at toy size holds."""
+    done = subprocess.run([sys.executable, str(path), "--toy", "--out", str(tmp_path)], cwd=tmp_path, text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", TOY_FILES, ids=shown)
+def test_toy_runs_meet_their_expectations(path, tmp_path):
+    from prefopt.train import train
+    run = config.load(path, [f"out={tmp_path / 'run'}", f"data.cache={tmp_path / 'cache'}"])
+    assert run.expect
+    assert train(run, show=False).failed == ()
+
+
+# ------------------------------------------------------------------------------------------------------------- quickstart
+def test_the_careless_writer(monkeypatch):
+    """Right with probability ((1/2 + 1/2 0.35) 0.8)^2 but for totals that leave 0..2 largest or cancel; and 0.3 boast.
+
+    Of two events up to 6 that stay in range, both verbs gain in g, one loses in m, both lose in l of the problems: right
+    in 0.64 (g + 0.35 m + 0.35^2 l), and in a few more where two mistakes cancel.
+    """
+    task = script("quickstart/task.py", monkeypatch)
+    rng, n = random.Random(0), 4000
+    asked = [task.problem(rng, task.Table()) for _ in range(n)]
+    assert all(0 <= total <= 12 for one in asked for total in one.totals)
+    answers = [task.careless(one, rng) for one in asked]
+    right = [task.right(one, Response(text, meta={"finished": True})) for one, text in zip(asked, answers, strict=True)]
+    losses = [sum(verb in task.LOSSES for verb, _ in one.events) for one in asked]
+    expected = sum(0.64 * 0.35 ** k for k in losses) / n
+    assert abs(sum(right) / n - expected) < 0.03
+    assert abs(sum(text.endswith("sure !") for text in answers) / n - 0.3) < 0.03
+    assert all(task.right(one, Response(task.careless(one, rng, misread=0, slip=0), meta={"finished": True}))
+               for one in asked[:200])
+
+
+def test_the_verifier_is_strict(monkeypatch):
+    task = script("quickstart/task.py", monkeypatch)
+    asked = task.Problem("Ida", "coins", 5, (("loses", 3), ("buys", 1)))
+    assert asked.prompt == "Ida has 5 coins . Ida loses 3 . Ida buys 1 . How many coins are left ?"
+    assert asked.totals == [5, 2, 3]
+
+    def right(text, finished=True):
+        return task.right(asked, Response(text, meta={"finished": finished}))
+
+    assert right("5 - 3 = 2 ; 2 + 1 = 3 ; answer 3") and right("5 - 3 = 2 ; 2 + 1 = 3 ; answer 3 sure !")
+    for wrong in ("5 + 3 = 8 ; 8 + 1 = 9 ; answer 9", "5 - 3 = 2 ; 2 + 1 = 3 ; answer 4", "answer 3", "",
+                  "5 - 3 = 2 ; 2 + 1 = 3 ; answer 3 answer 3", "5 - 3 = 2 ; 2 + 1 = 3 ; answer 3 = 3",
+                  "5 - 3 = 2 ; 2 + 1 = 3 ; answer 3 sure", "5 - 3 = 2 ; answer 3",
+                  "5 - 3 = 2 ; 2 + 1 = 3 ; 3 + 0 = 3 ; answer 3"):
+        assert not right(wrong)
+    assert not right("5 - 3 = 2 ; 2 + 1 = 3 ; answer 3", finished=False)
+
+
+def test_problems_differ_and_every_word_is_known(monkeypatch):
+    task = script("quickstart/task.py", monkeypatch)
+    words, asked = task.tokenizer(), task.problems(300, task.Table(), 0)
+    assert len(set(asked)) == 300 and asked == task.problems(300, task.Table(), 0) != task.problems(300, task.Table(), 1)
+    for one in asked:
+        text = f"{one.prompt} {task.careless(one, random.Random(0))}"
+        ids = words(text)["input_ids"]
+        assert words.unk_token_id not in ids and len(ids) == len(text.split()) and words.decode(ids) == text
+    assert {len(words(one.prompt)["input_ids"]) for one in asked} == {19}
+
+
+def test_warm_up_trains_answers_and_their_end(monkeypatch):
+    """Labels are the ids of the answer and <eos>; prompts and padding are not learnt."""
+    warmup, task = script("quickstart/warmup.py", monkeypatch), sys.modules["task"]
+    words, asked = task.tokenizer(), task.problems(8, task.Table(), 0)
+    batch = warmup.demonstrations(words, asked, random.Random(0))
+    rng = random.Random(0)
+    for one, ids, labels in zip(asked, batch["input_ids"], batch["labels"], strict=True):
+        answer = words(f"{task.careless(one, rng)} <eos>")["input_ids"]
+        assert labels[labels != -100].tolist() == answer
+        assert ids.tolist()[:19 + len(answer)] == words(one.prompt)["input_ids"] + answer
+        assert labels[:19].tolist() == [-100] * 19
+
+
+def test_preferences_pair_right_with_wrong(monkeypatch):
+    """Three right and two wrong answers give two pairs, all right ones none; what is asked of DPO can fail."""
+    run = script("quickstart/run.py", monkeypatch)
+    task, rate = sys.modules["task"], run.Rate
+    one = task.Problem("Ida", "coins", 5, (("loses", 3), ("buys", 1)))
+    good, bad = "5 - 3 = 2 ; 2 + 1 = 3 ; answer 3", "5 + 3 = 8 ; 8 + 1 = 9 ; answer 9"
+    texts = [[good, bad, good, bad, good], [good] * 5]
+    sampled = [Group(one.prompt, [Response(t, tokens=[n], meta={"finished": True}) for n, t in enumerate(row)])
+               for row in texts]
+    monkeypatch.setattr(run, "Sampler", lambda model, words: lambda prompts, *, n, max_new_tokens: sampled)
+    pairs = run.preferences(None, None, [one, one], n=5)
+    assert [[r.tokens for r in pair.responses] for pair in pairs] == [[[0], [1]], [[2], [3]]]
+    assert all(pair.relevance == [1.0, 0.0] and pair.prompt == one.prompt for pair in pairs)
+    before = {"sampled": rate(300, 1000)}
+    assert run.too_little(before, {"sampled": rate(450, 1000)}, 0.1499) == []
+    assert run.too_little(before, {"sampled": rate(449, 1000)}, 0.15) == \
+        ["sampled accuracy rose by 0.149, expected at least 0.15"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- hh_rlhf
+def transcripts(path: Path, count: int) -> Path:
+    lines = [{"chosen": f"\n\nHuman: say {n} please\n\nAssistant: {n} it is, as you asked.",
+              "rejected": f"\n\nHuman: say {n} please\n\nAssistant: no."} for n in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.*kept with")
+def test_a_model_from_pairs_and_a_recipe_on_it(tmp_path, monkeypatch):
+    """The path of the page at the smallest size: tokenizer and model from transcripts, then local.yaml on them."""
+    make_model = script("hh_rlhf/make_model.py", monkeypatch)
+    from prefopt.models import load_tokenizer
+    from prefopt.train import train
+    pairs = transcripts(tmp_path / "pairs.jsonl", 20)
+    first = make_model.make([str(pairs)], tmp_path / "model", vocabulary=280, width=48, layers=1, steps=1)
+    loss = make_model.make([str(pairs)], tmp_path / "model", vocabulary=280, width=48, layers=1, steps=12)
+    assert loss < first - 0.1
+    words = load_tokenizer(str(tmp_path / "model"))
+    asked = [{"role": "user", "content": "a"}]
+    assert words.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == "\n\nHuman: a\n\nAssistant:"
+    answered = [*asked, {"role": "assistant", "content": "b"}]
+    assert words.apply_chat_template(answered, tokenize=False) == "\n\nHuman: a\n\nAssistant: b<eos>"
+    run = config.load(COOKBOOK / "hh_rlhf/local.yaml", [
+        f"policy={tmp_path / 'model'}", f"data.train={pairs}", f"data.eval={pairs}", f"data.cache={tmp_path / 'cache'}",
+        f"out={tmp_path / 'run'}", "train.groups_per_step=10", "train.epochs=2"])
+    metrics = train(run, show=False).metrics
+    assert metrics["eval/length/chosen_longer"] == 1.0 and metrics["eval/loss"] < 0.69
+
+
+def test_comparison_table(monkeypatch):
+    """Wilson's interval by its formula; baselines come first and are those of the recipes that measure them."""
+    compare = script("hh_rlhf/compare.py", monkeypatch)
+    k, n, z = 210, 350, 1.959963984540054
+    centre, half = (k / n + z * z / 2 / n), z * (k / n * (1 - k / n) / n + z * z / 4 / n / n) ** 0.5
+    assert compare.interval(0.6, 350) == pytest.approx([(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)])
+    longer, before = compare.BASELINES.values()
+    found = compare.accuracies({"simpo": {"eval/accuracy": 0.5, longer: 0.56, "pairs": 100},
+                                "dpo": {"eval/accuracy": 0.6, longer: 0.56, before: 0.4, "pairs": 100}})
+    assert {name: row["accuracy"] for name, row in found.items()} == {
+        "longer is better": 0.56, "the model before training": 0.4, "simpo": 0.5, "dpo": 0.6}
+    with pytest.raises(ValueError, match="different numbers of pairs"):
+        compare.accuracies({"dpo": {"eval/accuracy": 0.5, "pairs": 1}, "ipo": {"eval/accuracy": 0.5, "pairs": 2}})
+
+
+# --------------------------------------------------------------------------------------------------------------- one file
+PAIRS = [{"prompt": "The quick brown fox", "chosen": " jumps over the lazy dog.", "rejected": " is"},
+         {"prompt": "Question: what is 2 + 2?", "chosen": "\nAnswer: It is 4, of course.", "rejected": " It is not 5."},
+         {"prompt": "def f(x):", "chosen": "\n    return x", "rejected": " tool system user naïve café"}]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("tokens", [None, 60])
+def test_one_file_is_the_library(bos, tokens, monkeypatch):
+    """Loss and every gradient on one batch, the policy away from its reference, whole and in micro-batches."""
+    one_file, words, beta = script("one_file/dpo.py", monkeypatch), fast("bytes", bos=bos), 0.3
+    policy, reference = (tiny("llama", seed=seed, vocab_size=len(words)) for seed in (0, 1))
+    batch = collate([Group(p["prompt"], [Response(p["chosen"]), Response(p["rejected"])], [1.0, 0.0]) for p in PAIRS], words)
+    tokens_here, mask = one_file.collate(PAIRS, words)
+    assert torch.equal(mask, batch["mask"]) and torch.equal(tokens_here * batch["attend"], batch["tokens"] * batch["attend"])
+    with Float64():
+        loss, accuracy = one_file.dpo_loss(policy, reference, tokens_here, mask, beta)
+        loss.backward()
+        expected = {name: p.grad.clone() for name, p in policy.named_parameters()}
+        policy.zero_grad()
+        objective, models = recipes.dpo(beta=beta), Models(policy, reference)
+        step = objective.annotate(fill(models, batch, objective.reads()))
+        found = [objective.loss(forward(models, micro, objective.reads())) for micro in step.microbatches(tokens)]
+        assert len(found) == (1 if tokens is None else 2)
+        sum(part.value for part in found).backward()
+    assert abs((sum(part.value for part in found) - loss).item()) < 1e-10
+    assert sum(part.metrics["accuracy"] for part in found).item() == pytest.approx(accuracy.item(), abs=1e-6)
+    assert len(expected) > 15
+    for name, p in policy.named_parameters():
+        assert torch.allclose(p.grad, expected[name], rtol=1e-10, atol=1e-10), name
+        assert bool(expected[name].abs().max() > 1e-6), name
+
+
+def test_one_file_learns(monkeypatch, capsys):
+    """At the start the loss is log 2; in a few steps every toy pair is ranked right."""
+    one_file = script("one_file/dpo.py", monkeypatch)
+    policy, words = one_file.tiny()
+    one_file.train(policy, words, one_file.TOY, lr=1e-3, epochs=4)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and "loss 0.6931" in lines[0]
+    assert "accuracy 1.00" in lines[-1] and float(lines[-1].split()[3]) < 0.6
+    assert len((COOKBOOK / "one_file/dpo.py").read_text().splitlines()) <= 200

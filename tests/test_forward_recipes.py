@@ -1,0 +1,116 @@
+"""One optimiser step of every recipe on a tiny model: micro-batches, and which models run."""
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import Float64, adapted, batch, same, tiny
+from torch import nn
+
+from data_tools.batch import Batch
+from prefopt import recipes
+from prefopt.forward import fill, forward, frozen_models
+from prefopt.models import Models
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with Float64():
+        yield
+
+
+def preferences(reads: set[str]) -> tuple[Batch, Batch]:
+    """Four groups of a pair and whatever else a recipe reads, and the same groups shifted by one for mismatched rows."""
+    sizes = [(3, 4, 2), (2, 1, 6), (4, 3, 3), (2, 5, 1)]
+    rows, columns = [], {"relevance": [], "reward": [], "level": [], "contrast": [], "rationale": [], "online": [],
+                         "degree": [], "side": [], "position": []}
+
+    def add(group, prompt, response, **values):
+        default = {"relevance": float("nan"), "reward": 0.3, "level": 0, "contrast": 0, "rationale": False, "online": False,
+                   "degree": -1, "side": -1, "position": 1}
+        rows.append((group, prompt, response))
+        for key, value in {**default, **values}.items():
+            columns[key].append(value)
+
+    for group, (prompt, *lengths) in enumerate(sizes):
+        level = group % 2 if "level" in reads else 0
+        for place, length in enumerate(lengths):
+            add(group, prompt, length, relevance=float(1 - place), reward=place - 0.4 * group, level=level,
+                position=place + 1)
+        if "online" in reads:
+            add(group, prompt, 3, online=True), add(group, prompt, 2, online=True)
+        if "rationale" in reads and group != 1:
+            add(group, prompt + 1, 3, rationale=True)
+        if "degree" in reads:
+            add(group, prompt, 2, degree=group % 3, side=1), add(group, prompt, 1, degree=1, side=0)
+    if "contrast" in reads:
+        for sign, prompt in ((1, 4), (-1, 4), (-1, 2), (1, 2)):
+            add(len(sizes), prompt, 3, level=2, contrast=sign)
+    made = {k: torch.tensor(v, dtype=torch.float64 if k in ("relevance", "reward") else None) for k, v in columns.items()
+            if k in reads | {"relevance"}}
+    whole = batch(rows, seed=3, padding="left", right=1, **made)
+    return whole, Batch({**whole, "group": (whole["group"] + 1) % whole.groups}, whole.width)
+
+
+def trained(name: str, models: Models, *, split: bool = False) -> tuple[float, dict[str, torch.Tensor], int]:
+    """Loss, gradients of policy and parts, and number of micro-batches of one optimiser step of a recipe.
+
+    `split` makes micro-batches as small as whole groups allow, and small chunks in the head.
+    """
+    objective = recipes.find(name)()
+    torch.manual_seed(5)
+    parts = nn.ModuleList(objective.modules())
+    for module in parts:
+        module.setup(layers=models.policy_model().layer_count, width=models.policy_model().width)
+        module.double()
+        for p in module.parameters():
+            nn.init.normal_(p, 0.5, 0.2)
+    both = nn.ModuleDict({"policy": models.policy, "parts": parts})
+    both.zero_grad()
+    reads = objective.reads()
+    whole, other = preferences(reads)
+    tokens = int(torch.zeros(whole.groups).long().index_add(0, whole.index, whole["attend"].sum(1)).max()) if split else None
+    whole = objective.annotate(fill(models, whole, reads, tokens=tokens, other=other))
+    value, pieces = 0.0, 0
+    for micro in whole.microbatches(tokens):
+        loss = objective.loss(forward(models, micro, reads, chunk=7 if split else None)).value
+        torch.autograd.backward(loss)
+        value, pieces = value + float(loss.detach()), pieces + 1
+    return value, {n: p.grad.clone() for n, p in both.named_parameters() if p.grad is not None}, pieces
+
+
+@pytest.mark.parametrize("name", recipes.__all__)
+def test_microbatches_do_not_matter(name):
+    models = Models(tiny("llama"), tiny("llama", seed=1))
+    one, many = trained(name, models), trained(name, models, split=True)
+    assert one[2] == 1 and many[2] >= 3
+    assert many[0] == pytest.approx(one[0], abs=1e-10)
+    same(one[1], many[1])
+    assert max(g.abs().max() for g in one[1].values()) > 1e-6
+    assert any(key.startswith("parts") for key in one[1]) == bool(recipes.find(name)().modules())
+
+
+@pytest.mark.parametrize("name", recipes.__all__)
+def test_the_reference_runs_only_for_recipes_that_read_it(name):
+    models = Models(tiny("llama"), tiny("llama", seed=1))
+    trained(name, models)
+    reads = recipes.find(name)().reads()
+    assert (models._reference.calls["forwards"] > 0) == bool(frozen_models(reads))
+    passes = len(reads & {"logp_ref", "activation_mask", "mismatched"}) + bool(reads & {"token_kl", "states_ref"})
+    assert models._reference.calls["forwards"] == passes
+    assert models.policy_model().calls["forwards"] == 1 + len(reads & {"logp_old", "mismatched"})
+    if not frozen_models(reads):
+        trained(name, Models(tiny("llama")))            # none need be there
+        assert not reads & {"logp_ref", "states_ref", "token_kl", "mismatched", "activation_mask"}
+
+
+def test_a_recipe_that_reads_the_reference_says_so_when_none_is_loaded():
+    with pytest.raises(ValueError, match="no reference model"):
+        trained("dpo", Models(tiny("llama")))
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "tdpo", "mapo", "sparsepo"])
+def test_adapters_off_equal_a_separate_reference(name):
+    policy, base = adapted(tiny("llama")), tiny("llama").requires_grad_(False)
+    one, two = trained(name, Models(policy), split=True), trained(name, Models(policy, base))
+    assert one[0] == pytest.approx(two[0], abs=1e-10)
+    same(one[1], two[1])
