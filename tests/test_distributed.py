@@ -129,7 +129,10 @@ def test_one_process_writes(home, two):
 
 def test_cached_reference_of_two_processes(home, two):
     go(home / "lists", "dpo", "one-cached", **RAGGED, **{"data.cache_reference": True})
-    for a, b in zip(lines(home / "lists" / "one-cached"), lines(home / "lists" / "two-cached"), strict=True):
+    one, both = lines(home / "lists" / "one-cached"), lines(home / "lists" / "two-cached")
+    for line in one[0], both[0]:                              # margins that are zero up to rounding: their sign says nothing
+        assert abs(line.pop("margin")) < 1e-5 and all(line.pop(k) >= 0 for k in list(line) if k.startswith("accuracy"))
+    for a, b in zip(one, both, strict=True):
         assert b == pytest.approx(a, rel=1e-3, abs=1e-4)      # AdamW in float32 magnifies what rounding leaves of zeros
 
 
