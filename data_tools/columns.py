@@ -50,7 +50,9 @@ COLUMNS: dict[str, Column] = {
     "last_state": Column("N D", "last hidden state of the policy at the end of the response", "forward"),
     "mismatched": Column("N", "summed log-ratio, no gradient, of the row's prompt with another prompt's response "
                               "(KTO); NaN where there is none", "forward"),
-    "value": Column("N T", "value head", "forward"),
+    "outputs": Column("N D", "outputs of a reward model's head at the end of the response", "forward"),
+    "value": Column("N T", "output of a head at each response token (critics, process reward models)", "forward"),
+    "step_label": Column("N T", "label in [0, 1] at the token that ends a step, NaN elsewhere", "labels"),
     # made by objectives
     "score": Column("N", "score of a response: scaled log-ratio, reward head, ...", "score"),
     "margin": Column("B K K", "score difference, or any skew-symmetric preference strength", "margin"),

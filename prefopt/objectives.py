@@ -103,7 +103,8 @@ class PreferenceObjective:
     `score` and `providers` see rows (N, ...); every other part sees groups (B, K, ...), where `real` marks the rows that
     are compared. Probe rows (`train` False) and unlabelled rows (`relevance` NaN) are in no term but may be read.
     `annotations` fill columns before the step; `providers` make columns with gradient (learned masks).
-    `bounded` is False where the loss has no lower bound, so that a run can warn.
+    `bounded` is False where the loss has no lower bound, so that a run can warn. `outputs` is the width of the head of a
+    reward model, 0 for a policy, which is a language model.
     """
     score: Part
     ranking: Part
@@ -118,6 +119,7 @@ class PreferenceObjective:
     ranking_terms: Part | None = None
     weight: float = 1.0
     bounded: bool = True
+    outputs: int = 0
 
     whole_groups = True                                       # a micro-batch holds whole groups
 
