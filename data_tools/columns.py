@@ -51,7 +51,10 @@ COLUMNS: dict[str, Column] = {
     "mismatched": Column("N", "summed log-ratio, no gradient, of the row's prompt with another prompt's response "
                               "(KTO); NaN where there is none", "forward"),
     "outputs": Column("N D", "outputs of a reward model's head at the end of the response", "forward"),
-    "value": Column("N T", "output of a head at each response token (critics, process reward models)", "forward"),
+    "outputs_old": Column("N D", "the same before this optimiser step, no gradient", "forward"),
+    "token_reward": Column("N T", "output of a reward model's head after each response token", "forward"),
+    "value": Column("N T", "value head", "forward"),
+    "segment": Column("N T", "which part of a response a token is in, a number: tool use, observation, rationale", "labels"),
     "step_label": Column("N T", "label in [0, 1] at the token that ends a step, NaN elsewhere", "labels"),
     # made by objectives
     "score": Column("N", "score of a response: scaled log-ratio, reward head, ...", "score"),

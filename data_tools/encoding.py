@@ -265,25 +265,57 @@ def _draft(group: Group, place: str, chat: Chat, counts: Counts) -> Draft:
             if not isinstance(text, str):
                 raise DataError("plain prompt", "the response is a list of messages but the prompt is plain text: "
                                 "write the prompt as [{'role': 'user', 'content': ...}]")
-            return [(text, True)], True
+            return cut(response, [(text, True)]), True
         answer = [{"role": "assistant", "content": text}] if isinstance(text, str) else text
         if not answer or answer[0]["role"] != "assistant":
             raise DataError("wrong role", "a response should begin with an assistant message, found "
                             f"{shorten(answer[0]['role'] if answer else answer)}")
         pieces = chat.turns(chat.opening(prompt), shown, answer, tools)
         if pieces is not None:
-            return pieces, False
+            return cut(response, pieces), False
         if len(answer) > 1 or not isinstance(answer[0].get("content"), str):
             raise DataError("rewriting chat template", "the chat template changes earlier turns when later ones "
                             "follow, so the tokens of the turns of this response are not known: give a template that "
                             "only appends with Encoding(chat_template=...), such as those of trl.chat_template_utils")
         counts.note("answers the chat template does not append to the prompt, taken as their text and EOS", place)
-        return [(answer[0]["content"], True)], True
+        return cut(response, [(answer[0]["content"], True)]), True
 
     prompt = opened(group.prompt)
     prompts = [prompt if r.prompt is None else opened(r.prompt) for r in group.responses]
     pieces, ends = zip(*(answered(r, p[0]) for r, p in zip(group.responses, prompts, strict=True)), strict=True)
     return Draft(group, place, prompt, [None if p == prompt else p for p in prompts], list(pieces), list(ends))
+
+
+def segments(response: Response) -> list[tuple[str, float | None]]:
+    """The text of a response in pieces with a number each, which are encoded one by one so that their ends are tokens'.
+
+    `meta["steps"]` are joined by newlines, their numbers are `meta["step_labels"]` (column step_label, at the last token
+    of a step); `meta["segments"]` are [text, number] and follow one another (column segment, at every token).
+    """
+    if "segments" in response.meta:
+        return [(text, float(number)) for text, number in response.meta["segments"]]
+    steps = response.meta.get("steps", [])
+    marks = response.meta.get("step_labels", [None] * len(steps))
+    if len(marks) != len(steps):
+        raise DataError("wrong label", f"the response has {len(steps)} steps and {len(marks)} step_labels")
+    texts = [step + "\n" * (n < len(steps)) for n, step in enumerate(steps, 1)]
+    if "" in texts:
+        raise DataError("empty step", f"step {texts.index('') + 1} of the response is empty: leave it out, with its label")
+    return [(text, None if mark is None else float(mark)) for text, mark in zip(texts, marks, strict=True)]
+
+
+def cut(response: Response, pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """The pieces cut at the ends of the response's segments; what a template puts around them goes to the outer ones."""
+    parts = [text for text, _ in segments(response)]
+    if not parts or not isinstance(response.text, str):
+        return pieces
+    (whole, trains), = pieces
+    before, found, after = whole.partition("".join(parts))
+    if not found:
+        raise DataError("wrong steps", f"the steps (or segments) of the response are not its text: they begin with "
+                                       f"{shorten(parts[0])}, the text with {shorten(response.text)}")
+    parts[0], parts[-1] = before + parts[0], parts[-1] + after
+    return [(text, trains) for text in parts]
 
 
 def _check(group: Group) -> None:
@@ -404,7 +436,17 @@ class _Finish:
             flat = [*flat, self.eos]
         mask = None if all(trains for _, trains in pieces) else \
             np.repeat([trains for _, trains in pieces], [len(i) for i in ids])
-        return np.fromiter(flat, np.int32, len(flat)), mask, self.columns(response, len(flat))
+        columns, marks = self.columns(response, len(flat)), segments(response)
+        if marks and len(marks) == len(ids):
+            sizes = [len(i) for i in ids[:-1]]
+            sizes.append(len(flat) - sum(sizes))
+            values = np.array([np.nan if m is None else m for _, m in marks], np.float32)
+            if "segments" in response.meta:
+                columns["segment"] = values.repeat(sizes)
+            else:
+                columns["step_label"] = np.full(len(flat), np.nan, np.float32)
+                columns["step_label"][np.cumsum(sizes) - 1] = values
+        return np.fromiter(flat, np.int32, len(flat)), mask, columns
 
     def taken(self, response: Response):
         """Tokens, mask and columns of a response given as tokens."""

@@ -6,10 +6,12 @@ step: `logp`, and a `score` made from it, are those of `logp_old`. They may join
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from prefopt.ops import gather, masked, masked_sum, total
 
-__all__ = ["RunningShift", "kl_baseline", "match_margins", "match_scores", "shortest"]
+__all__ = ["RunningShift", "anyloss_accuracy", "anyloss_balanced", "anyloss_f", "anyloss_geometric", "dice", "kl_baseline",
+           "match_margins", "match_scores", "shortest"]
 
 
 def shortest(mask, real):
@@ -128,3 +130,144 @@ class RunningShift:
 
     def load_state_dict(self, state: dict) -> None:
         self.sum, self.count = state["sum"], state["count"]
+
+
+# ------------------------------------------------------------------ losses of sums over the whole step
+def dice_sums(score, relevance, real, alpha, power):
+    """Sums of q y, q^power and y^power over the rows, (3)."""
+    q = torch.exp(alpha * F.logsigmoid(-score) + F.logsigmoid(score))
+    return torch.stack([(real * x).sum() for x in (q * relevance, q ** power, relevance ** power)])
+
+
+def dice_loss(sums, smooth):
+    return 1 - (2 * sums[0] + smooth) / (sums[1] + sums[2] + smooth)
+
+
+def confusion(score, relevance, real, amplification):
+    """Soft true positives, false negatives, false positives and true negatives, (4)."""
+    a = amplification * (torch.sigmoid(score) - 0.5)
+    return torch.stack([(real * x).sum() for x in (relevance * torch.sigmoid(a), relevance * torch.sigmoid(-a),
+                                                   (1 - relevance) * torch.sigmoid(a), (1 - relevance) * torch.sigmoid(-a))])
+
+
+def accuracy_loss(counts):
+    return (counts[1] + counts[2]) / counts.sum().clamp(min=1)
+
+
+def f_loss(counts, beta):
+    tp, fn, fp, _ = counts
+    return (beta ** 2 * fn + fp) / ((1 + beta ** 2) * tp + beta ** 2 * fn + fp).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def rates(counts):
+    """True positive and true negative rate, 1 where a class is absent, and which of the classes are there."""
+    hits, misses = counts[[0, 3]], counts[[1, 2]]
+    there = hits + misses > 0
+    return torch.where(there, hits / torch.where(there, hits + misses, 1.0), 1.0), there
+
+
+def balanced_loss(counts):
+    rate, there = rates(counts)
+    return (1 - rate).sum() / there.sum().clamp(min=1)
+
+
+def geometric_loss(counts):
+    rate, there = rates(counts)
+    return 1 - (rate.log().sum() / there.sum().clamp(min=1)).exp()
+
+
+def tangent(loss, sums, score, relevance, real):
+    """(d, L) of each row, (B, K, 2), for `pointwise.linearised`: L = loss(sums over all rows), d_i = n dL/ds_i."""
+    score, relevance = masked(score.detach(), real), masked(relevance, real)
+    with torch.enable_grad():
+        score = score.requires_grad_()
+        own = sums(score, relevance.to(score.dtype), real)
+        value = loss(own + (total(own.detach()) - own.detach()))
+        slope, = torch.autograd.grad(value, score)
+    return torch.stack([total(real.sum()) * slope, value.detach().expand_as(slope)], -1)
+
+
+def dice(score, relevance, real, *, alpha=0.0, smooth=1e-4, power=1.0):
+    """Tangent of the self-adjusting Dice loss of the whole step, (B, K, 2).
+
+    L = 1 - (2 sum q y + g) / (sum q^power + sum y^power + g),   q = (1 - p)^alpha p,   p = sigmoid(s)
+
+    alpha       0 is soft F1; more takes weight from easy positives
+    smooth      g; 1e-4 as released, 1 in the paper
+    power       2 is the option with squares in the denominator
+    Edge        no positive in the step: L is near 1
+    Departs     -
+    Reference   Li et al., Dice Loss for Data-imbalanced NLP Tasks, arXiv:1911.02855; ShannonAI/dice_loss_for_NLP
+
+    >>> two = torch.zeros(1, 2), torch.tensor([[1., 0.]]), torch.ones(1, 2).bool()
+    >>> dice(*two, smooth=0.0)[0, 0]                                # 1 - 1/2; dL/ds = (-1/2 + 1/8) / 4 a row, times 2
+    tensor([-0.1875,  0.5000])
+    """
+    return tangent(lambda sums: dice_loss(sums, smooth), lambda *x: dice_sums(*x, alpha, power), score, relevance, real)
+
+
+def anyloss_f(score, relevance, real, *, amplification=73.0, beta=1.0):
+    """Tangent of 1 - F_beta of the whole step, (B, K, 2).
+
+    L = 1 - (1 + b^2) TP / ((1 + b^2) TP + b^2 FN + FP),   TP = sum y A, ...,   A = sigmoid(amplification (p - 1/2))
+
+    amplification   73: A is 0 or 1 but for p near 1/2
+    beta        b: recall counts b times as much as precision
+    Edge        no positive in the step: L = 1
+    Departs     -
+    Reference   Han et al., AnyLoss, arXiv:2405.14745
+
+    >>> two = torch.zeros(1, 2), torch.tensor([[1., 0.]]), torch.ones(1, 2).bool()
+    >>> anyloss_f(*two)[0, 0, 1]                                    # TP = FN = FP = 1/2
+    tensor(0.5000)
+    """
+    return tangent(lambda counts: f_loss(counts, beta), lambda *x: confusion(*x, amplification), score, relevance, real)
+
+
+def anyloss_accuracy(score, relevance, real, *, amplification=73.0):
+    """Tangent of 1 - accuracy of the whole step, (B, K, 2).
+
+    L = (FN + FP) / n
+
+    amplification   as in `anyloss_f`
+    Edge        no row: 0
+    Departs     -
+    Reference   Han et al., AnyLoss, arXiv:2405.14745
+
+    >>> anyloss_accuracy(torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1).bool())[0, 0, 1]
+    tensor(0.5000)
+    """
+    return tangent(accuracy_loss, lambda *x: confusion(*x, amplification), score, relevance, real)
+
+
+def anyloss_balanced(score, relevance, real, *, amplification=73.0):
+    """Tangent of 1 - balanced accuracy of the whole step, (B, K, 2).
+
+    L = 1 - (TP / (TP + FN) + TN / (TN + FP)) / 2
+
+    amplification   as in `anyloss_f`
+    Edge        a class that is absent is left out
+    Departs     -
+    Reference   Han et al., AnyLoss, arXiv:2405.14745
+
+    >>> three = torch.tensor([[9., 9., 9.]]), torch.tensor([[1., 1., 0.]]), torch.ones(1, 3).bool()
+    >>> anyloss_balanced(*three)[0, 0, 1]                           # all positives right, the negative wrong
+    tensor(0.5000)
+    """
+    return tangent(balanced_loss, lambda *x: confusion(*x, amplification), score, relevance, real)
+
+
+def anyloss_geometric(score, relevance, real, *, amplification=73.0):
+    """Tangent of 1 - the geometric mean of both classes' accuracies in the whole step, (B, K, 2).
+
+    L = 1 - sqrt( TP / (TP + FN) TN / (TN + FP) )
+
+    amplification   as in `anyloss_f`
+    Edge        a class that is absent is left out
+    Departs     -
+    Reference   Han et al., AnyLoss, arXiv:2405.14745
+
+    >>> anyloss_geometric(torch.zeros(1, 2), torch.tensor([[1., 0.]]), torch.ones(1, 2).bool())[0, 0, 1]
+    tensor(0.5000)
+    """
+    return tangent(geometric_loss, lambda *x: confusion(*x, amplification), score, relevance, real)

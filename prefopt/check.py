@@ -17,15 +17,16 @@ from data_tools.batch import Batch
 from data_tools.collate import Counts, EncodedGroup, EncodedRow, encode, pad, pad_token
 from data_tools.columns import nearest
 from data_tools.describe import content
+from data_tools.encoding import segments
 from data_tools.fields import PLACE
 from data_tools.records import Group
-from prefopt import checkpoints, folder, memory, recipes
+from prefopt import checkpoints, folder, memory, recipes, setup
 from prefopt.config import Run
 from prefopt.diagnose import EVALUATION_METRICS, combined
 from prefopt.doctor import OPTIONAL
 from prefopt.explain import UNBOUNDED, asks, departures_of, document
 from prefopt.findings import Finding, attempt, error, exists, ok, sentence, warning
-from prefopt.models import load_tokenizer
+from prefopt.models import head_of
 from prefopt.parts import kind
 from prefopt.rehearsal import Rehearsal, rehearse
 
@@ -180,6 +181,9 @@ def labels_only(groups: Sequence[Group], wanted: Iterable[str]) -> Batch:
     def row(response) -> EncodedRow:
         known = {**response.meta, **{k: v for k, v in response.scores.items() if k == "reward"}}
         columns = {c: known[c] for c in wanted if c in known}
+        marks = [np.nan if mark is None else mark for _, mark in segments(response)]
+        if marks:                                             # two tokens stand for all
+            columns |= {c: np.array([marks[0], marks[-1]]) for c in ("step_label", "segment") if c in wanted}
         return EncodedRow(np.array([1, 1]), train=bool(response.train), columns=columns)
 
     def numbers(values):
@@ -230,7 +234,7 @@ def balance(run: Run, batch: Batch, rehearsal: Rehearsal, groups: Sequence[Group
 def tokens_of(run: Run) -> Findings:
     name = run.tokenizer or run.policy.name
     exists("tokenizer" if run.tokenizer else "policy.name", name)
-    tokenizer = load_tokenizer(name, trust_remote_code=run.policy.trust_remote_code)
+    tokenizer = setup.tokenizer(run, run.objective())
     template = "with a" if tokenizer.chat_template else "without a"
     yield ok("tokenizer", f"{name}: {len(tokenizer):,} tokens, {template} chat template")
     return tokenizer
@@ -290,7 +294,8 @@ def configuration(name: str, revision: str | None, trust_remote_code: bool, adap
 
 def room(run: Run, config, batch: Batch | None) -> Findings:
     """Memory and disk against what is free."""
-    t, own = run.train, memory.size(config, dtype=run.policy.dtype, lora=run.policy.lora)
+    head, t = head_of(run.objective()), run.train
+    own = memory.size(config, dtype=run.policy.dtype, lora=run.policy.lora, head=head)
     yield ok("policy", f"{type(config).__name__.removesuffix('Config')} with {own.parameters:,} parameters, "
                        f"{own.trainable:,} of them train")
     tokens = t.tokens or 0 if batch is None else largest(batch, t.tokens, t.groups_per_step)

@@ -37,9 +37,9 @@ def write(folder: Path, *, model: nn.Module, tokenizer, optimizer, scheduler, so
         (temporary / "state.json").write_text(json.dumps(state))
 
 
-def save_model(model: nn.Module, tokenizer, folder: Path, objective) -> None:
+def save_model(model: nn.Module, tokenizer, folder: Path, objective, card: dict) -> None:
     """An ordinary transformers (or PEFT adapter) folder, safetensors only, atomically; learned parts (token masks, heads)
-    beside it in objective.safetensors."""
+    beside it in objective.safetensors, and in prefopt.json what the model was trained as (`card`) and parts with memory."""
     learned = {f"{i}.{k}": v.detach().cpu().contiguous() for i, m in enumerate(objective.modules())
                for k, v in m.state_dict().items()}
     with whole(folder) as temporary:
@@ -47,6 +47,24 @@ def save_model(model: nn.Module, tokenizer, folder: Path, objective) -> None:
         tokenizer.save_pretrained(temporary)
         if learned:
             save_file(learned, temporary / "objective.safetensors")
+        memory = {key: part.state_dict() for key, part in objective.states().items()}
+        (temporary / "prefopt.json").write_text(json.dumps({**card, "memory": memory}, indent=1))
+
+
+def read_parts(folder: Path, objective) -> None:
+    """Put learned parts and parts with memory back that `save_model` wrote; what is not there starts anew, with a warning."""
+    modules, learned, card = objective.modules(), folder / "objective.safetensors", folder / "prefopt.json"
+    if modules and not learned.exists():
+        warnings.warn(f"{folder} holds no objective.safetensors: the learned parts of the recipe start anew, so that its "
+                      f"loss and scores mean nothing", stacklevel=2)
+    elif modules:
+        tensors = load_file(learned)
+        for n, module in enumerate(modules):
+            module.load_state_dict({k.removeprefix(f"{n}."): v for k, v in tensors.items() if k.startswith(f"{n}.")})
+    memory = json.loads(card.read_text()).get("memory", {}) if card.exists() else {}
+    for key, part in objective.states().items():
+        if key in memory:
+            part.load_state_dict(memory[key])
 
 
 @contextmanager

@@ -130,6 +130,16 @@ class Run(Settings):
     expect: dict[str, str] = {}
     out: str = "runs/run"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _model(cls, raw):
+        """A reward model is written as `model`, which is the same setting."""
+        if isinstance(raw, dict) and "model" in raw:
+            if "policy" in raw:
+                raise ValueError("policy and model are the same setting: give one of them")
+            return {("policy" if k == "model" else k): v for k, v in raw.items()}
+        return raw
+
     @field_validator("policy", "reference", mode="before")
     @classmethod
     def _short(cls, value):
@@ -220,6 +230,8 @@ def assemble(recipe: str, departures: dict):
             raise ValueError(f"set.{slot} cannot be empty: leave it out, or name a part of {SLOTS[slot]}")
         else:
             filled[slot] = _part(slot, spec, SLOTS[slot]) if spec is not None else None
+    if "labels" in filled and parts.hyperparameters(filled["labels"]).get("flip"):
+        filled["bounded"] = False                             # the correction has negative weights
     try:
         return objective.with_slots(**filled)
     except TypeError as error:                                # a part of one's own that does not say what it returns
@@ -341,7 +353,7 @@ def override(raw: dict, items: list[str] = ()) -> dict:
         place = raw
         *parents, last = key.split(".")
         for parent in parents:
-            if isinstance(place.get(parent), str) and parent in ("policy", "reference"):
+            if isinstance(place.get(parent), str) and parent in ("policy", "model", "reference"):
                 place[parent] = {"name": place[parent]}
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):

@@ -123,6 +123,22 @@ def score_undesirable(score, relevance) -> Rows:
     return torch.where(relevance > 0.5, 0.0, score)
 
 
+def compared(margin) -> Pairs:
+    """1, as `pairs` where there are no scores."""
+    return torch.ones_like(margin)
+
+
+def margin_of(margin) -> Pairs:
+    """The margin itself, where no score stands behind it."""
+    return margin
+
+
+def margin_accuracy(margin) -> Pairs:
+    """1 where the margin is positive, 1/2 where it is 0."""
+    return (torch.sign(margin) + 1) / 2
+
+
+MARGIN_METRICS = {"pairs": compared, "accuracy": margin_accuracy, "margin": margin_of}
 PAIR_METRICS = {"pairs": pairs, "accuracy": accuracy, "margin": margin_mean, "score/chosen": score_chosen,
                 "score/rejected": score_rejected, "logp/chosen": logp_chosen, "logp/rejected": logp_rejected,
                 "shift/chosen": shift_chosen, "shift/rejected": shift_rejected, "displaced": displaced,

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -99,32 +98,19 @@ def evaluate(run: Run) -> dict[str, float]:
     from transformers.utils.logging import disable_progress_bar
 
     from prefopt import setup
+    from prefopt.checkpoints import read_parts
     from prefopt.folder import dataset
-    from prefopt.models import load_tokenizer
     from prefopt.train import evaluate
     disable_progress_bar()
     accelerator = setup.accelerator(run)
-    tokenizer = load_tokenizer(run.tokenizer or run.policy.name, trust_remote_code=run.policy.trust_remote_code)
     objective = run.objective()
+    tokenizer = setup.tokenizer(run, objective)
     with TemporaryDirectory() as cache:
         data = dataset(run.model_copy(update={"data": run.data.model_copy(update={"cache": cache})}), tokenizer, True)
         models = setup.load_models(run, objective, tokenizer, None, accelerator.device)
-        learned(objective, Path(run.policy.name))
+        read_parts(Path(run.policy.name), objective)
         found = evaluate(models, objective, data, run, accelerator)
     return {key.removeprefix("eval/"): value for key, value in found.items()}
-
-
-def learned(objective, folder: Path) -> None:
-    """Put back the learned parts (token masks, heads) that training saved beside the model."""
-    from safetensors.torch import load_file
-    modules, path = objective.modules(), folder / "objective.safetensors"
-    if modules and not path.exists():
-        warnings.warn(f"{folder} holds no objective.safetensors: the learned parts of the recipe start anew, so that "
-                      f"its loss and scores mean nothing", stacklevel=2)
-    elif modules:
-        tensors = load_file(path)
-        for n, module in enumerate(modules):
-            module.load_state_dict({k.removeprefix(f"{n}."): v for k, v in tensors.items() if k.startswith(f"{n}.")})
 
 
 def ordered(found: Mapping[str, float]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from prefopt import recipes
 from prefopt.config import RANKINGS, SLOTS, Run, assemble
 from prefopt.evaluation import METRICS
 from prefopt.folder import columns
-from prefopt.forward import FROZEN, GRADIENT, REFERENCE, frozen_models
+from prefopt.forward import FROZEN, GRADED, GRADIENT, REFERENCE, frozen_models
 from prefopt.objectives import PreferenceObjective, Term
 from prefopt.parts import columns_read, to_spec
 from prefopt.reductions import group_mean
@@ -33,11 +33,11 @@ HOMES = {slot: (SLOTS[slot],) if slot in SLOTS else home for slot, home in {
 PASSES = {
     "logp_ref": "reference forward, no gradient (none with data.cache_reference: they are computed once)",
     "logp_old": "policy forward before the step, no gradient",
+    "outputs_old": "forward before the step, no gradient",
     "mismatched": "policy and reference forward over every prompt with another prompt's response, no gradient",
     "activation_mask": "reference forward that keeps its activations, no gradient",
     "token_kl": "reference forward whose next-token distributions are compared with the policy's",
     "states_ref": "reference forward that keeps the hidden states of all layers",
-    "last_state": "policy forward and backward once more, for its last hidden state",
     "online": "sampling of train.online.k responses of the policy to every prompt"}
 SHAPES = {"pairs": [[1.0, 0.0], [1.0, 0.0]], "lists of three or more": [[1.0, 0.75, 0.25, 0.0]] * 2,
           "single responses marked good or bad": [[1.0], [0.0], [1.0], [0.0]]}
@@ -155,7 +155,8 @@ def origin(column: str) -> str:
     """Who makes a column, in words."""
     if column in FROZEN | GRADIENT:
         both = {"token_kl", "mismatched"}
-        return "policy and reference" if column in both else "reference" if column in REFERENCE else "policy"
+        own = "reward model" if column in GRADED or column == "outputs_old" else "policy"
+        return "policy and reference" if column in both else "reference" if column in REFERENCE else own
     return {"labels": "the data", "rewards": "the data", "augment": "the data", "source": "the data",
             "user": "the data"}.get(COLUMNS[column].maker, COLUMNS[column].maker) if column != "online" else "sampling"
 
@@ -166,7 +167,7 @@ def models(objective: PreferenceObjective) -> dict[str, str]:
     >>> list(models(recipes.simpo())), models(recipes.dpo())["reference"][:21]
     (['policy'], 'because of `logp_ref`')
     """
-    out = {"policy": "trains"}
+    out = {"reward model" if objective.outputs else "policy": "trains"}
     if frozen_models(objective.reads()):
         because = ", ".join(f"`{c}`" for c in sorted(objective.reads() & REFERENCE))
         kept = f"follows the policy, {shown(objective.reference)}" if objective.reference.moves else \
@@ -178,7 +179,8 @@ def models(objective: PreferenceObjective) -> dict[str, str]:
 
 def passes(objective: PreferenceObjective) -> list[str]:
     """What one optimiser step runs."""
-    return ["policy forward and backward", *(PASSES[c] for c in PASSES if c in objective.reads())]
+    own = "reward model" if objective.outputs else "policy"
+    return [f"{own} forward and backward", *(PASSES[c] for c in PASSES if c in objective.reads())]
 
 
 def takes(objective) -> list[str]:
@@ -195,7 +197,9 @@ def takes(objective) -> list[str]:
 
 def asks(objective: PreferenceObjective) -> dict[str, str]:
     """What records must bring besides prompt, responses and labels: column -> how."""
-    how = {"reward": "scores: {reward: ...} of each response, or reward_chosen and reward_rejected of a pair"}
+    how = {"reward": "scores: {reward: ...} of each response, or reward_chosen and reward_rejected of a pair",
+           "step_label": "meta: {steps: [...], step_labels: [...]} of each response, or prompt, completions and labels",
+           "segment": "meta: {segments: [[text, number], ...]} of each response"}
     return {c: f"{COLUMNS[c].meaning}. Give it as {how.get(c, f'meta: {{{c}: ...}} of each response')}"
             for c in columns(objective.reads())}
 

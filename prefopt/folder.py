@@ -85,7 +85,7 @@ def columns(reads: set[str]) -> tuple[str, ...]:
     """Columns of a recipe that come from the records themselves."""
     made = {"tokens", "attend", "mask", "group", "relevance", "wins", "prompt_length", "train", "weight",
             "online"}
-    return tuple(sorted({c for c in reads if c in COLUMNS and COLUMNS[c].dims == "N"} - FROZEN - GRADIENT - made))
+    return tuple(sorted({c for c in reads if c in COLUMNS and COLUMNS[c].dims in ("N", "N T")} - FROZEN - GRADIENT - made))
 
 
 def fits(data, tokens: int | None, online=None) -> None:
@@ -159,6 +159,14 @@ def upto(path: Path, step: int) -> Iterator[str]:
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             return
         yield line
+
+
+def card(run: Run) -> dict:
+    """What a saved model was trained as: recipe, departures, how text becomes tokens, and the model it started from."""
+    limits = {k: v for k, v in run.data.model_dump(mode="json").items()
+              if k in ("max_prompt", "max_response", "max_length", "encoding") and v}
+    return {"prefopt": metadata.version("prefopt") if _installed("prefopt") else "", "recipe": run.recipe, "set": run.set,
+            "data": limits, "start": run.policy.name, "reference": run.reference and run.reference.name}
 
 
 FREE = {"out", "log", "expect", "train.save_every", "train.keep", "train.log_every", "train.device", "data.cache"}

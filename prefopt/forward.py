@@ -44,8 +44,9 @@ def token_kl(logits: Tensor, token: Tensor, logits_ref: Tensor) -> Tensor:
 
 ONE = {"logp": logp, "entropy": entropy, "collision": collision}          # reducers of one distribution
 TWO = {"token_kl": token_kl}                                              # of the policy's and the reference's
-FROZEN = {"logp_ref", "logp_old", "activation_mask", "mismatched"}        # made once per step, by `fill`
-GRADIENT = {*ONE, *TWO, "states_ref", "last_state"}                       # made per micro-batch, by `forward`
+FROZEN = {"logp_ref", "logp_old", "outputs_old", "activation_mask", "mismatched"}      # made once per step, by `fill`
+GRADED = {"outputs", "token_reward"}                                      # of a reward model's head
+GRADIENT = {*ONE, *TWO, *GRADED, "states_ref", "last_state", "prompt_state"}     # made per micro-batch, by `forward`
 REFERENCE = {"logp_ref", "activation_mask", "mismatched", "token_kl", "states_ref"}      # these load a reference
 
 
@@ -137,19 +138,29 @@ def forward(models: Models, batch: Batch, reads: Iterable[str], *, chunk: int | 
             out["states_ref"] = scatter(upcast(hidden_ref), at, shape)
             hidden_ref = hidden_ref[:, -1] if "token_kl" in reads else None
     names = [n for n in (*ONE, *TWO) if n in reads]
-    if not names and "last_state" not in reads:
+    if not names and not reads & {*GRADED, "last_state", "prompt_state"}:
         return batch.with_columns(**out)
     trunk = models.policy_model()
     tokens, offset = left_aligned(batch)
-    every = trunk(tokens)
+    length = batch["attend"].bool().sum(1)
+    attend = torch.arange(tokens.shape[1], device=tokens.device) < length[:, None]
+    if "outputs" in reads:
+        outputs, every = trunk.grade(tokens, attend)
+        out["outputs"] = upcast(outputs)
+    else:
+        every = trunk(tokens, attend)
+    place = at.column - offset[at.row]
     if names:
-        hidden = every[at.row, at.column - offset[at.row] - 1]
-        values = reduced(hidden, at.token, trunk.head, names, hidden_ref=hidden_ref, head_ref=models.reference_head,
-                         vocabulary=trunk.vocabulary, chunk=chunk)
+        values = reduced(every[at.row, place - 1], at.token, trunk.head, names, hidden_ref=hidden_ref,
+                         head_ref=models.reference_head, vocabulary=trunk.vocabulary, chunk=chunk)
         out.update({n: scatter(v, at, shape) for n, v in values.items()})
+    if "token_reward" in reads:
+        out["token_reward"] = scatter(upcast(trunk.head(every[at.row, place])).squeeze(-1), at, shape)
+    row = torch.arange(len(length), device=length.device)
     if "last_state" in reads:
-        last = batch["attend"].bool().sum(1).clamp(min=1) - 1
-        out["last_state"] = upcast(every[torch.arange(len(last), device=last.device), last])
+        out["last_state"] = upcast(every[row, length.clamp(min=1) - 1])
+    if "prompt_state" in reads:
+        out["prompt_state"] = upcast(every[row, batch["prompt_length"].clamp(min=1) - 1])
     return batch.with_columns(**out)
 
 
@@ -178,6 +189,8 @@ def one_frozen(models: Models, batch: Batch, column: str, chunk: int | None) -> 
             return activation_mask(reference, batch)
     if column == "logp_old":
         return token_logp(models.policy_model(), batch, chunk)
+    if column == "outputs_old":
+        return forward(models, batch, {"outputs"})["outputs"]
     with models.reference_model() as reference:
         return token_logp(reference, batch, chunk)
 

@@ -5,7 +5,7 @@ import torch
 
 from prefopt.parts import Pairs
 
-__all__ = ["as_given", "ordered", "smooth", "unflip"]
+__all__ = ["as_given", "ordered", "smooth", "tied", "unflip"]
 
 
 def as_given(wins) -> Pairs:
@@ -43,6 +43,27 @@ def ordered(relevance, real) -> Pairs:
     """
     higher = relevance[..., :, None] > relevance[..., None, :]
     return (higher & real[..., :, None] & real[..., None, :]).double()
+
+
+def tied(relevance, real) -> Pairs:
+    """Every pair, with ties: half a win for both where the relevance is equal.
+
+    w_ij = 1 where relevance_i > relevance_j, 1/2 where equal, else 0
+
+    Gradient    none
+    Edge        a response is not compared with itself; a `wins` column that says ties with 1/2 fits `as_given`
+    Relations   `ordered` leaves ties out; for `davidson`
+    Departs     -
+    Reference   Davidson 1970
+
+    >>> tied(torch.tensor([[1., 1., 0.]]), torch.ones(1, 3).bool())[0]
+    tensor([[0.0000, 0.5000, 1.0000],
+            [0.5000, 0.0000, 1.0000],
+            [0.0000, 0.0000, 0.0000]], dtype=torch.float64)
+    """
+    i, j = relevance[..., :, None], relevance[..., None, :]
+    others = ~torch.eye(relevance.shape[-1], dtype=torch.bool, device=relevance.device)
+    return ((i > j).double() + 0.5 * (i == j)) * (real[..., :, None] & real[..., None, :] & others)
 
 
 def smooth(wins, *, label_smoothing) -> Pairs:

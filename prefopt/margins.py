@@ -1,12 +1,15 @@
 """margin slot: scores of a group (B, K) -> preference strength of i over j (B, K, K)."""
 from __future__ import annotations
 
+import math
+
 import torch
 
-from prefopt.ops import masked_sum
+from prefopt.ops import masked_sum, upcast
 from prefopt.parts import Pairs
 
-__all__ = ["anisotropic", "biased", "difference", "optimistic", "shifted", "smoothed", "transported_difference"]
+__all__ = ["anisotropic", "biased", "difference", "gaussian", "gaussian_probit", "general_preference", "graded", "optimistic",
+           "shifted", "smoothed", "transported_difference"]
 
 
 def difference(score) -> Pairs:
@@ -139,3 +142,90 @@ def transported_difference(score, relevance, transported) -> Pairs:
     """
     sign = torch.sign(difference(relevance)).to(score.dtype)
     return difference(score) - sign * transported[:, :1, None]
+
+
+def graded(score, relevance, *, scale=1.0) -> Pairs:
+    """Margin with a target that grows with the distance of the labels.
+
+    m_ij = s_i - s_j - scale (psi_i - psi_j)
+
+    scale       reward that one unit of the label must be worth
+    Gradient    through both scores
+    Edge        antisymmetric; a pair given as relevance (m, 0) has the target m
+    Relations   `shifted` for labels 1/0; scale = 0 is `difference`
+    Departs     -
+    Reference   Touvron et al., Llama 2, arXiv:2307.09288, eq. 2; TRL's `margin` column
+
+    >>> graded(torch.tensor([[2., 1.]]), torch.tensor([[3., 0.]]), scale=0.5)[0]
+    tensor([[ 0.0000, -0.5000],
+            [ 0.5000,  0.0000]])
+    """
+    return difference(score) - scale * difference(relevance).to(score.dtype)
+
+
+def _mean_and_variance(outputs):
+    outputs = upcast(outputs)
+    return outputs[..., 0], torch.exp(2 * outputs[..., 1].clamp(-5, 2))
+
+
+def gaussian(outputs) -> Pairs:
+    """Margin of two uncertain rewards r ~ N(mu, s^2), so that sigmoid(m) is close to the mean of sigmoid(r_i - r_j).
+
+    m_ij = (mu_i - mu_j) / sqrt(1 + pi (s_i^2 + s_j^2) / 8),   outputs = (mu, log s)
+
+    Gradient    through mu and log s; none to log s outside [-5, 2], where it is clamped
+    Edge        antisymmetric; a response against itself has 0 whatever s; the probability is within 0.02 for s <= 2
+    Relations   s -> 0 is `difference`; `gaussian_probit` is exact for the normal link
+    Departs     -
+    Reference   PEARL, Zero-shot Cross-task Preference Alignment; MacKay 1992 for the approximation
+
+    >>> s = math.log(math.sqrt(12 / math.pi))                       # pi (s^2 + s^2) / 8 = 3
+    >>> gaussian(torch.tensor([[[2., s], [0., s]]]))[0, 0, 1]
+    tensor(1.)
+    """
+    mean, variance = _mean_and_variance(outputs)
+    return difference(mean) / torch.sqrt(1 + math.pi / 8 * (variance[..., :, None] + variance[..., None, :]))
+
+
+def gaussian_probit(outputs) -> Pairs:
+    """Margin of two uncertain rewards r ~ N(mu, s^2): Phi(m) = P(r_i > r_j). For the ranking `probit`.
+
+    m_ij = (mu_i - mu_j) / sqrt(s_i^2 + s_j^2),   outputs = (mu, log s)
+
+    Gradient    through mu and log s; none to log s outside [-5, 2], where it is clamped
+    Edge        antisymmetric; the clamp keeps the denominator above 0.009
+    Relations   `gaussian` for the logistic link
+    Departs     -
+    Reference   PEARL, Zero-shot Cross-task Preference Alignment; Thurstone 1927
+
+    >>> gaussian_probit(torch.tensor([[[2., math.log(3)], [-3., math.log(4)]]]))[0, 0, 1]
+    tensor(1.)
+    """
+    mean, variance = _mean_and_variance(outputs)
+    return difference(mean) / torch.sqrt(variance[..., :, None] + variance[..., None, :])
+
+
+def general_preference(embedding, gate, *, tau=0.1) -> Pairs:
+    """Preference of two embeddings under a skew-symmetric operator, which may be cyclic.
+
+    m_ij = (1/tau) sum_l gate_l (v_i[2l-1] v_j[2l] - v_i[2l] v_j[2l-1])
+
+    K embeddings give all K^2 preferences.
+
+    tau         temperature; GPM 0.1 with embeddings of length 1
+    Gradient    through embedding and gate
+    Edge        exactly antisymmetric: a matrix minus its transpose; equal responses have 0; an odd width is an error
+    Relations   v = (r, 1), gate = 1, tau = 1 is `difference`; unit vectors at angles phi: sin(phi_j - phi_i) / tau
+    Departs     the gate belongs to the row: rows of one prompt share it
+    Reference   Zhang et al., Beyond Bradley-Terry Models (GPM), arXiv:2410.02197, eq. 6
+
+    >>> general_preference(torch.tensor([[[3., 1.], [1., 1.]]]), torch.ones(1, 2, 1), tau=1.)
+    tensor([[[ 0.,  2.],
+             [-2.,  0.]]])
+    """
+    if embedding.shape[-1] % 2:
+        raise ValueError(f"a general preference needs an embedding of even width, found {embedding.shape[-1]}: blocks of two "
+                         f"dimensions are rotated against each other. Give the recipe an even `dim`")
+    v = upcast(embedding)
+    half = (upcast(gate) * v[..., 0::2]) @ v[..., 1::2].mT
+    return (half - half.mT) / tau

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prefopt.ops import upcast
 from prefopt.parts import PartModule, Rows
 
-__all__ = ["DegreeHead", "TokenMask", "activation", "no_mask", "full_mask", "same_mask"]
+__all__ = ["DegreeHead", "EigenvalueGate", "Thresholds", "TokenMask", "activation", "even_gate", "full_mask", "no_mask",
+           "raw_embedding", "same_mask", "unit_embedding"]
 
 
 def activation(activation_mask) -> Tensor:
@@ -135,3 +137,107 @@ class DegreeHead(PartModule):
 
     def spec(self) -> dict:
         return {"degrees": self.degrees}
+
+
+def raw_embedding(outputs) -> Tensor:
+    """Preference embedding as the head gives it.
+
+    v = outputs
+
+    Edge        its length scales all preferences
+    Reference   Zhang et al., GPM, arXiv:2410.02197 (the released trainer)
+
+    >>> raw_embedding(torch.tensor([[3., 4.]]))
+    tensor([[3., 4.]])
+    """
+    return upcast(outputs)
+
+
+def unit_embedding(outputs) -> Tensor:
+    """Preference embedding of length 1, so that |s| is at most the largest gate.
+
+    v = outputs / |outputs|
+
+    Edge        lengths below 1e-6 count as 1e-6: a zero vector stays zero
+    Reference   Zhang et al., GPM, arXiv:2410.02197 (the released models)
+
+    >>> unit_embedding(torch.tensor([[3., 4.]]))
+    tensor([[0.6000, 0.8000]])
+    """
+    return F.normalize(upcast(outputs), dim=-1, eps=1e-6)
+
+
+def even_gate(outputs) -> Tensor:
+    """No gate: every block of two dimensions weighs 1.
+
+    lambda_l = 1
+
+    Edge        -
+    Reference   Zhang et al., GPM, arXiv:2410.02197
+
+    >>> even_gate(torch.zeros(1, 4))
+    tensor([[1., 1.]])
+    """
+    return torch.ones_like(upcast(outputs)[..., ::2])
+
+
+class EigenvalueGate(PartModule):
+    """Weights of the blocks of a general preference that depend on the prompt, (N, k).
+
+    lambda = k softmax(G h / sqrt(width)),   h the state at the end of the prompt
+
+    blocks      k, half the width of the embedding
+    Gradient    through G and the model
+    Edge        G = 0 at the start, so that training begins without a gate; the mean gate is 1
+    Departs     the released inference code has softmax(G h), without the factors: G here is G sqrt(width) there, tau k times
+    Reference   Zhang et al., GPM, arXiv:2410.02197 (the released trainer)
+
+    >>> gate = EigenvalueGate(blocks=2); gate.setup(layers=1, width=3)
+    >>> gate(torch.ones(1, 3)).detach()
+    tensor([[1., 1.]])
+    """
+
+    def __init__(self, *, blocks=1):
+        nn.Module.__init__(self)
+        self.blocks = blocks
+
+    def setup(self, *, layers: int, width: int) -> None:
+        self.weight = nn.Parameter(torch.zeros(self.blocks, width))
+
+    def forward(self, prompt_state) -> Tensor:
+        self.check_setup()
+        state = prompt_state.to(self.weight.dtype)
+        return self.blocks * (state @ self.weight.T / state.shape[-1] ** 0.5).softmax(-1)
+
+    def spec(self) -> dict:
+        return {"blocks": self.blocks}
+
+
+class Thresholds(PartModule):
+    """Cumulative logits of an ordinal reward model, (N, K - 1).
+
+    g_k = logit P(y >= k) = f_k - a_k,   f = outputs, k = 1..K-1
+
+    levels      K, the number of grades
+    Gradient    through outputs and the thresholds a
+    Edge        a_k starts at logit(k / K): outputs of 0 make all grades equally likely
+    Reference   PRESTO, Predicting Rare Events by Shrinking Towards Proportional Odds, ICML 2023
+
+    >>> grades = Thresholds(levels=4); grades.setup(layers=1, width=1)
+    >>> grades(torch.zeros(1, 3)).sigmoid().detach()
+    tensor([[0.7500, 0.5000, 0.2500]])
+    """
+
+    def __init__(self, *, levels=5):
+        nn.Module.__init__(self)
+        self.levels = levels
+
+    def setup(self, *, layers: int, width: int) -> None:
+        self.thresholds = nn.Parameter(torch.logit(torch.arange(1, self.levels) / self.levels))
+
+    def forward(self, outputs) -> Tensor:
+        self.check_setup()
+        return outputs.to(self.thresholds.dtype) - self.thresholds
+
+    def spec(self) -> dict:
+        return {"levels": self.levels}

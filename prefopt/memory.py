@@ -6,6 +6,7 @@ fragmentation, the allocator's cache and what other programs use come on top.
 """
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 
 from prefopt.config import Run
 from prefopt.forward import CHUNK_BYTES, frozen_models
-from prefopt.models import DTYPES
+from prefopt.models import DTYPES, LANGUAGE, Head, head_of
 
 LENGTH = 67                                                   # of the trial sequence; recognises (T, T) tensors
 HEAD = 4                                                      # tensors of one chunk of logits alive in backward
@@ -35,7 +36,7 @@ class Size:
     itemsize: int
 
 
-def size(config, *, dtype: str = "float32", lora: dict | None = None) -> Size:
+def size(config, *, dtype: str = "float32", lora: dict | None = None, head: Head = LANGUAGE) -> Size:
     """Count the model of a transformers configuration, as it trains with dropout off and without attention matrices.
 
     >>> from transformers import Qwen2Config
@@ -44,18 +45,22 @@ def size(config, *, dtype: str = "float32", lora: dict | None = None) -> Size:
     >>> size(tiny).parameters       # embedding and head 80; q, k, v 60, o 16; gate, up, down 96; three norms 12
     264
     """
+    import transformers
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoModelForCausalLM
+    auto = getattr(transformers, head.auto)
+    config = copy.deepcopy(config)
+    if head.outputs:
+        config.num_labels = head.outputs
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
+        model = auto.from_config(config, dtype=DTYPES[dtype]).eval()
         parameters = trains = list(model.parameters())
-        kept = saved(lambda: model.base_model(input_ids=torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False),
-                     parameters) / LENGTH
+        kept = saved(lambda: model.base_model(input_ids=torch.zeros(1, LENGTH, dtype=torch.long)), parameters) / LENGTH
     if lora is not None:                                      # which keeps about the same activations
         from peft import LoraConfig, get_peft_model
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-        model = get_peft_model(model, LoraConfig(**{"target_modules": "all-linear", **lora}), low_cpu_mem_usage=True)
+            model = auto.from_config(config, dtype=DTYPES[dtype])
+        settings = LoraConfig(**{"task_type": head.task, "target_modules": "all-linear", **lora})
+        model = get_peft_model(model, settings, low_cpu_mem_usage=True)
         trains = [p for p in model.parameters() if p.requires_grad]
     text = config.get_text_config()
     return Size(sum(p.numel() for p in parameters), sum(p.numel() for p in trains), sum(p.nbytes for p in parameters),
@@ -96,9 +101,10 @@ def estimate(run: Run, config, *, tokens: int, reference_config=None) -> dict[st
     Quantised weights count `quantize` bits everywhere but in the embedding and the head.
     """
     objective, policy = run.objective(), run.policy
-    reads, own = objective.reads(), size(config, dtype=policy.dtype, lora=policy.lora)
+    reads, head = objective.reads(), head_of(objective)
+    own = size(config, dtype=policy.dtype, lora=policy.lora, head=head)
     low = {"bf16": "bfloat16", "fp16": "float16"}.get(run.train.precision)
-    acts = size(config, dtype=low, lora=policy.lora) if low else own
+    acts = size(config, dtype=low, lora=policy.lora, head=head) if low else own
     adapters = own.trainable_bytes if policy.lora else 0
     out = {"weights": _stored(own, policy.quantize) + adapters, "gradients": own.trainable_bytes,
            "optimiser": own.trainable_bytes * optimizer_bytes(run)}
@@ -109,8 +115,9 @@ def estimate(run: Run, config, *, tokens: int, reference_config=None) -> dict[st
         out["reference"] = _stored(size(reference_config or config, dtype=other.dtype), other.quantize)
     out["activations"] = tokens * (acts.layers * acts.width * acts.itemsize + acts.layer
                                    if policy.gradient_checkpointing else acts.activations)
-    logits = min(max(CHUNK_BYTES, 64 * own.vocabulary), 4 * tokens * own.vocabulary)
-    out["logits, a chunk at a time"] = HEAD * logits * (2 if "token_kl" in reads else 1)
+    if head is LANGUAGE:
+        logits = min(max(CHUNK_BYTES, 64 * own.vocabulary), 4 * tokens * own.vocabulary)
+        out["logits, a chunk at a time"] = HEAD * logits * (2 if "token_kl" in reads else 1)
     if "states_ref" in reads:
         out["hidden states of the reference"] = tokens * own.layers * own.width * 4 * 2
     return out

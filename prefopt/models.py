@@ -1,4 +1,4 @@
-"""Loading models: the policy, with or without adapters, and what stands as its reference."""
+"""Loading models: the policy or reward model, with or without adapters, and what stands as its reference."""
 from __future__ import annotations
 
 import copy
@@ -12,16 +12,39 @@ from torch import Tensor, nn
 
 from data_tools.columns import nearest
 
+
+@dataclass(frozen=True)
+class Head:
+    """What a model ends in: the class of transformers that loads it, the task as peft calls it, outputs of the head."""
+    auto: str = "AutoModelForCausalLM"
+    task: str = "CAUSAL_LM"
+    outputs: int = 0
+
+
+LANGUAGE = Head()
+
+
+def head_of(objective) -> Head:
+    """The head that an objective trains: a language model's unless it has `outputs`, at each token if it reads
+    `token_reward`, else at the end of the response."""
+    if not objective.outputs:
+        return LANGUAGE
+    if "token_reward" in objective.reads():
+        return Head("AutoModelForTokenClassification", "TOKEN_CLS", objective.outputs)
+    return Head("AutoModelForSequenceClassification", "SEQ_CLS", objective.outputs)
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass
 class Trunk:
-    """A causal language model as its two halves: tokens -> hidden states, hidden states -> logits.
+    """A model as its two halves: tokens -> hidden states, hidden states -> logits (or the outputs of a reward head).
 
     The halves are checked once against the model's own logits, so that soft-capping, logit scales and other things that
-    a model does between them are either reproduced or refused. `calls` counts tokens (padding included) and forwards of
-    the body, and positions through the head, which backward passes through it once more.
+    a model does between them are either reproduced or refused. Language models are causal; a reward model may also be an
+    encoder, which is found by trying. `calls` counts tokens (padding included) and forwards of the body, and positions
+    through the head, which backward passes through it once more.
     """
     model: nn.Module
     calls: dict = field(default_factory=lambda: {"tokens": 0, "forwards": 0, "positions": 0})
@@ -29,23 +52,46 @@ class Trunk:
     def __post_init__(self):
         base = self.model.get_base_model() if is_peft(self.model) else self.model
         self.body, self.output, self.name = base.base_model, base.get_output_embeddings(), type(base).__name__
+        self.language = self.output is not None
+        if not self.language:
+            self.output = next((getattr(base, n) for n in ("score", "classifier") if hasattr(base, n)), None)
         if self.output is None or self.body is base:
-            raise ValueError(f"{self.name} has no language-model head: policies and references are causal "
-                             f"language models (AutoModelForCausalLM)")
+            raise ValueError(f"{self.name} has no head that prefopt knows: policies and references are causal language models "
+                             f"(AutoModelForCausalLM), reward models have a head for sequence or token classification")
         config = base.config.get_text_config()
-        self.cap = getattr(config, "final_logit_softcapping", None)
-        self.scale = getattr(config, "logit_scale", None) or 1.0
-        self.scale /= getattr(config, "logits_scaling", None) or 1.0
+        self.cap = getattr(config, "final_logit_softcapping", None) if self.language else None
+        self.scale = (getattr(config, "logit_scale", None) or 1.0) if self.language else 1.0
+        self.scale /= (getattr(config, "logits_scaling", None) or 1.0) if self.language else 1.0
+        self.tokenwise, self.causal = "TokenClassification" in self.name, True
         self.vocabulary, self.layer_count, self.width = (config.vocab_size, config.num_hidden_layers, config.hidden_size)
         self.checked = False
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """(N, T) ids, padding on the right -> (N, T, D), after the final norm."""
+    def __call__(self, tokens: Tensor, attend: Tensor | None = None) -> Tensor:
+        """(N, T) ids, padding on the right -> (N, T, D), after the final norm. An encoder needs `attend`."""
+        self.count(tokens)
+        return self.body(input_ids=tokens, **self.seen(attend)).last_hidden_state
+
+    def count(self, tokens: Tensor) -> None:
         if not self.checked:
             self.check(tokens)
         self.calls["tokens"] += tokens.numel()
         self.calls["forwards"] += 1
-        return self.body(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def seen(self, attend: Tensor | None) -> dict:
+        """How the body is called: a causal one never looks right, so padding needs no mask."""
+        return {"use_cache": False} if self.causal else {"attention_mask": attend.long()}
+
+    def grade(self, tokens: Tensor, attend: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs (N, O) of a reward head at the last token of each row, and the states (N, T, D).
+
+        An encoder ends in what its class does, often a pooled first token.
+        """
+        self.count(tokens)
+        if not self.causal:
+            whole = self.model(input_ids=tokens, output_hidden_states=True, **self.seen(attend))
+            return whole.logits, whole.hidden_states[-1]
+        states = self.body(input_ids=tokens, use_cache=False).last_hidden_state
+        return self.head(states[torch.arange(len(tokens), device=tokens.device), attend.sum(1).clamp(min=1) - 1]), states
 
     def layers(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Hidden states of layers 1..L, each (N, T, D), the last after the final norm; the embedding output is left out."""
@@ -62,19 +108,22 @@ class Trunk:
 
     @torch.no_grad()
     def check(self, tokens: Tensor) -> None:
-        """On a small slice, head(body(x)) must be the model's own logits, and no state may change with a later token."""
+        """On a small slice, head(body(x)) must be the model's own logits, and no state may change with a later token, but in
+        an encoder."""
         pair = tokens[:1, :8].repeat(2, 1)
         pair[1, -1] = (pair[1, -1] + 1) % self.vocabulary
         training, positions = self.model.training, self.calls["positions"]
         self.model.eval()
-        own = self.model(input_ids=pair, use_cache=False).logits
-        hidden = self.body(input_ids=pair, use_cache=False).last_hidden_state
-        ours = self.head(hidden.flatten(0, 1)).view_as(own)
+        hidden = self.body(input_ids=pair).last_hidden_state
+        exact = hidden.dtype in (torch.float32, torch.float64)
+        gap = relative(hidden[1, :-1], hidden[0, :-1])
+        self.causal = gap < (1e-4 if exact else 2e-2)
+        own = self.model(input_ids=pair[:1]).logits           # of one row, which needs no padding token
+        at = hidden[0] if self.language or self.tokenwise else hidden[:1, -1]
+        ours = self.head(at).view_as(own) if self.causal or self.tokenwise else own
         self.model.train(training)
         self.calls["positions"] = positions
-        exact = own.dtype in (torch.float32, torch.float64)
-        gap = relative(hidden[1, :-1], hidden[0, :-1])
-        if not gap < (1e-4 if exact else 2e-2):
+        if self.language and not self.causal:
             raise ValueError(f"{self.name} is not causal: its states change with later tokens (relative gap {gap:.1e}). "
                              f"Policies and references predict the next token; encoders such as BERT cannot")
         gap = relative(ours, own)
@@ -168,11 +217,14 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
 
 def load_policy(name: str, *, dtype: str = "float32", attention: str | None = None, revision: str | None = None,
                 trust_remote_code: bool = False, quantize: int | None = None, lora: dict | None = None,
-                gradient_checkpointing: bool = False, dropout: bool = False) -> nn.Module:
-    """A causal language model ready to train; `lora` holds arguments of peft.LoraConfig, `quantize` 4 or 8 bits (QLoRA).
+                gradient_checkpointing: bool = False, dropout: bool = False, head: Head = LANGUAGE) -> nn.Module:
+    """A model ready to train; `lora` holds arguments of peft.LoraConfig, `quantize` 4 or 8 bits (QLoRA).
+
+    `head` makes it a reward model: the body of a language model or an encoder under a head that starts at random, unless
+    the folder has one of that size.
 
     A folder with an adapter (adapter_config.json) loads its base model and goes on training the adapter. Weights are read
-    from safetensors only. Raises ValueError where the folder or hub id holds no causal language model, or not all of one.
+    from safetensors only. Raises ValueError where the folder or hub id holds no such model, or not all of one.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}; dtypes: {', '.join(DTYPES)}")
@@ -182,7 +234,7 @@ def load_policy(name: str, *, dtype: str = "float32", attention: str | None = No
     adapter = Path(name) if (Path(name) / "adapter_config.json").exists() else None
     if adapter:
         name = _base_of(adapter, lora)
-    model = _whole(name, dtype=DTYPES[dtype], revision=revision, trust_remote_code=trust_remote_code, **extra)
+    model = _whole(name, head, dtype=DTYPES[dtype], revision=revision, trust_remote_code=trust_remote_code, **extra)
     if not dropout:
         disable_dropout(model)
     if gradient_checkpointing:
@@ -195,28 +247,54 @@ def load_policy(name: str, *, dtype: str = "float32", attention: str | None = No
         from peft import PeftModel
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     elif lora:
-        from peft import LoraConfig, TaskType, get_peft_model
-        lora = {"task_type": TaskType.CAUSAL_LM, "target_modules": "all-linear", **lora}
+        from peft import LoraConfig, get_peft_model
+        lora = {"task_type": head.task, "target_modules": "all-linear", **lora}
         model = get_peft_model(model, LoraConfig(**lora))
     return model.train()
 
 
-def _whole(name: str, **arguments) -> nn.Module:
-    """A causal language model all of whose weights were found: none is left at random."""
-    from transformers import AutoModelForCausalLM
+def _whole(name: str, head: Head, **arguments) -> nn.Module:
+    """A model all of whose weights were found: none is left at random, but for the head of a new reward model."""
+    import transformers
+    extra = {"num_labels": head.outputs, "ignore_mismatched_sizes": True} if head.outputs else {}
+    what = "causal language model" if head is LANGUAGE else "reward model"
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, output_loading_info=True,
-                                                            **arguments)
+        model, found = getattr(transformers, head.auto).from_pretrained(name, use_safetensors=True, output_loading_info=True,
+                                                                        **extra, **arguments)
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())
         said = said if len(said) < 400 else f"{said[:240]} ... {said[-120:]}"
-        raise ValueError(f"cannot load {name!r} as a causal language model (a folder with config.json and safetensors, or "
-                         f"a hub id): {said}") from error
-    if found["missing_keys"]:
-        missing = ", ".join(sorted(found["missing_keys"])[:4])
-        raise ValueError(f"{name!r} lacks weights of {type(model).__name__}: {missing}. It was saved from another kind of "
-                         f"model; policies and references are causal language models")
+        raise ValueError(f"cannot load {name!r} as a {what} (a folder with config.json and safetensors, or a hub id): "
+                         f"{said}") from error
+    own = f"{model.base_model_prefix}."                       # of the body; a new head is outside of it
+    missing = sorted(k for k in found["missing_keys"] if not head.outputs or k.startswith(own) and ".pooler." not in k)
+    if missing:
+        raise ValueError(f"{name!r} lacks weights of {type(model).__name__}: {', '.join(missing[:4])}. It was saved from "
+                         f"another kind of model" + ("; policies and references are causal language models"
+                                                     if head is LANGUAGE else ""))
     return model
+
+
+def prepare_padding(tokenizer, model: nn.Module | None = None) -> None:
+    """A padding token that no text ends with, for tokenizers that have none or pad with EOS, and the model told of it.
+
+    transformers reads the score of a padded row at its last token that is not padding, which must be the row's end.
+    The unknown or the first token serves; where they are EOS too, a token is added, and the model gets a row for it.
+    """
+    if model is not None:
+        config = model.get_base_model().config if is_peft(model) else model.config
+        config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+        if len(tokenizer) > config.get_text_config().vocab_size:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        return
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:                       # an encoder's
+        tokenizer.eos_token = tokenizer.sep_token
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        other = [t for t in (tokenizer.unk_token, tokenizer.bos_token) if t not in (None, tokenizer.eos_token)]
+        if other:
+            tokenizer.pad_token = other[0]
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
 
 
 def _base_of(adapter: Path, lora: dict | None) -> str:

@@ -2,15 +2,16 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from data_tools.batch import Batch
 from prefopt import label_rules
-from prefopt.diagnose import PAIR_METRICS, ROW_METRICS
+from prefopt.diagnose import MARGIN_METRICS, PAIR_METRICS, ROW_METRICS
 from prefopt.margins import difference
 from prefopt.parts import Columns, Part, Stateful, bind, columns_read, finite, kind, name, needs
 from prefopt.reductions import group_mean, term_mean
@@ -19,9 +20,16 @@ from prefopt.references import Frozen
 
 @dataclass(frozen=True)
 class Loss:
-    """`value` to minimise and detached metrics: plain weighted sums over rows, so that micro-batches add."""
+    """`value` to minimise and detached metrics: plain weighted sums over rows, so that micro-batches add.
+
+    Metrics are measured when they are first asked for: a step that is not logged does not pay for them.
+    """
     value: Tensor
-    metrics: dict[str, Tensor]
+    measure: Callable[[], dict[str, Tensor]]
+
+    @cached_property
+    def metrics(self) -> dict[str, Tensor]:
+        return self.measure()
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ def compared_tokens(mask, real):
     return (mask.bool() & real[..., None]).double()
 
 
+OLD = {"logp": "logp_old", "outputs": "outputs_old"}          # what annotations see in the place of what has a gradient
 TERMS = {"Pairs": labelled_pairs, "Rows": compared_rows, "Lists": compared_lists, "Tokens": compared_tokens}
 
 
@@ -103,10 +112,11 @@ class PreferenceObjective:
     `score` and `providers` see rows (N, ...); every other part sees groups (B, K, ...), where `real` marks the rows that
     are compared. Probe rows (`train` False) and unlabelled rows (`relevance` NaN) are in no term but may be read.
     `annotations` fill columns before the step; `providers` make columns with gradient (learned masks).
-    `bounded` is False where the loss has no lower bound, so that a run can warn. `outputs` is the width of the head of a
-    reward model, 0 for a policy, which is a language model.
+    `score` is None where a margin compares responses that have no grades (general preferences). `bounded` is False where
+    the loss has no lower bound, so that a run can warn. `outputs` is the width of the head of a reward model, 0 for a
+    policy, which is a language model.
     """
-    score: Part
+    score: Part | None
     ranking: Part
     margin: Part = difference
     labels: Part = label_rules.as_given
@@ -147,7 +157,8 @@ class PreferenceObjective:
 
     def made(self) -> dict[str, Part]:
         """Columns that parts of this objective make for other parts."""
-        return {"score": self.score, "margin": self.margin, "labels": self.labels, **self.providers}
+        score = {"score": self.score} if self.score is not None else {}
+        return {**score, "margin": self.margin, "labels": self.labels, **self.providers}
 
     def reads(self) -> set[str]:
         """Columns that must be in the batch before `annotate` or made by the forward pass before `loss`."""
@@ -157,7 +168,7 @@ class PreferenceObjective:
         """Columns that `annotate` needs; the policy is then the one before the step, so `logp` is `logp_old`."""
         made = {k: v for k, v in self.made().items() if k not in self.annotations}
         before = needs([*self.annotations.values(), *self.unit_parts()], made)
-        before = {"logp_old" if c == "logp" else c for c in before} - set(self.annotations)
+        before = {OLD.get(c, c) for c in before} - set(self.annotations)
         return self._from_labels(before)
 
     def reads_forward(self) -> set[str]:
@@ -196,9 +207,9 @@ class PreferenceObjective:
         Every process calls it once per step, also when it has no group of its own.
         """
         before = dict(batch)
-        if "logp_old" in before or "logp" in before:
-            before["logp_old"] = before.get("logp_old", before.get("logp")).detach()
-            before["logp"] = before["logp_old"]
+        for now, old in OLD.items():
+            if old in before or now in before:
+                before[old] = before[now] = before.get(old, before.get(now)).detach()
         before = Batch(before, batch.width)
         out: dict[str, Tensor] = {}
         for column, part in self.annotations.items():
@@ -241,8 +252,8 @@ class PreferenceObjective:
             extra = term.weight * weighted(batch[f"unit@{key}"], bind(term.part, groups), term.part)
             metrics[f"loss/{key}"] = extra.detach()
             total = total + extra
-        metrics.update(measured({**PAIR_METRICS, **ROW_METRICS}, batch, groups))
-        return Loss(total, metrics)
+        wanted = {**PAIR_METRICS, **ROW_METRICS, **({} if self.score else MARGIN_METRICS)}
+        return Loss(total, lambda: {**metrics, **measured(wanted, batch, groups)})
 
     def measure(self, batch: Batch, metrics: Mapping[str, Part]) -> dict[str, Tensor]:
         """Diagnostics (`prefopt.diagnose`) as weighted sums over labelled pairs or compared rows; micro-batches add."""

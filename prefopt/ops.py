@@ -6,9 +6,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def upcast(x: Tensor) -> Tensor:
+    """x in float32 or better."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def masked(x: Tensor, mask: Tensor) -> Tensor:
     """x where mask is non-zero, else 0, in float32 or better. inf and NaN under the mask vanish, gradients too."""
-    x = x if x.dtype == torch.float64 else x.float()
+    x = upcast(x)
     return torch.where(mask.bool(), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 

@@ -9,10 +9,13 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from prefopt.parts import Pairs
+from prefopt.margins import difference
+from prefopt.ops import upcast
+from prefopt.parts import Pairs, PartModule
 
-__all__ = ["apo_down", "discopop", "exo", "hinge", "logistic", "squared"]
+__all__ = ["Davidson", "apo_down", "aspect_logistic", "davidson", "discopop", "exo", "hinge", "logistic", "probit", "squared"]
 
 
 def logistic(margin) -> Pairs:
@@ -120,3 +123,101 @@ def apo_down(score, margin) -> Pairs:
     tensor(1.)
     """
     return torch.sigmoid(score)[..., :, None] + torch.sigmoid(-margin)
+
+
+def probit(margin) -> Pairs:
+    """Negative log-likelihood under a normal link.
+
+    l = -log Phi(m)
+
+    Gradient    -phi(m) / Phi(m), which grows like m for m << 0
+    Edge        m = 0 gives log 2; exact far into the tail
+    Relations   `logistic` with the normal distribution in the place of the logistic one
+    Departs     -
+    Reference   Thurstone 1927
+
+    >>> probit(torch.tensor([0.]))
+    tensor([0.6931])
+    """
+    return -torch.special.log_ndtr(margin)
+
+
+def davidson(margin, labels, *, nu=1.0) -> Pairs:
+    """Bradley-Terry with ties.
+
+    l = -log (exp(m/2) / Z), of a tie -log (nu / Z),   Z = exp(m/2) + exp(-m/2) + nu
+
+    A pair is a tie where both of its labels weigh the same and more than 0 (`tied`, or wins of 1/2).
+
+    nu          how likely ties are: P(tie) = nu / (2 + nu) between equals; greater than 0
+    Gradient    through the margin, and through nu where it is learned (`Davidson`)
+    Edge        m = 0, nu = 1: log 3 for a win and for a tie
+    Relations   nu -> 0 is `logistic` on pairs that are no ties
+    Departs     -
+    Reference   Davidson, On Extending the Bradley-Terry Model to Accommodate Ties, 1970
+
+    >>> labels = torch.tensor([[[0., 1.], [0., 0.]], [[0., .5], [.5, 0.]]])
+    >>> davidson(torch.zeros(2, 2, 2), labels, nu=2.)[:, 0, 1]              # log 4, log 2
+    tensor([1.3863, 0.6931])
+    """
+    log_nu = torch.as_tensor(nu, dtype=margin.dtype, device=margin.device).log()
+    log_z = torch.logaddexp(torch.logaddexp(margin / 2, -margin / 2), log_nu)
+    tie = (labels == labels.mT) & (labels > 0)
+    return log_z - torch.where(tie, log_nu, margin / 2)
+
+
+class Davidson(PartModule):
+    """Bradley-Terry with ties, whose frequency is learned.
+
+    l = davidson(m, labels, nu = exp(log_nu))
+
+    nu          where it starts; 1
+    Gradient    through the margin and log_nu
+    Edge        without ties nu goes to 0
+    Relations   `davidson` with a fixed nu
+    Departs     -
+    Reference   Davidson 1970
+
+    >>> ties = Davidson(nu=2.0); ties.setup(layers=1, width=1)
+    >>> float(ties(torch.zeros(1, 2, 2), torch.full((1, 2, 2), .5))[0, 0, 1].exp())         # P(tie) = 1/2
+    2.0
+    """
+
+    def __init__(self, *, nu=1.0):
+        nn.Module.__init__(self)
+        self.nu = nu
+
+    def setup(self, *, layers: int, width: int) -> None:
+        self.log_nu = nn.Parameter(torch.tensor(math.log(self.nu)))
+
+    def forward(self, margin, labels) -> Pairs:
+        self.check_setup()
+        return davidson(margin, labels, nu=self.log_nu.exp())
+
+    def spec(self) -> dict:
+        return {"nu": self.nu}
+
+
+def aspect_logistic(outputs, *, aspect=0) -> Pairs:
+    """Logistic loss of one aspect of a reward model with a head per aspect.
+
+    l_ij = -log sigmoid(f_i - f_j),   f = outputs_aspect
+
+    aspect      which output, from 0
+    Gradient    through outputs
+    Edge        counted on `aspect_pairs`
+    Relations   aspect = 0 is `logistic` with the score `head`; `aspect_error` regresses instead
+    Departs     -
+    Reference   Wang et al., ArmoRM, arXiv:2406.12845; Bradley and Terry 1952
+
+    >>> aspect_logistic(torch.tensor([[[0., 1.], [0., 0.]]]), aspect=1)[0, 0, 1]
+    tensor(0.3133)
+    """
+    return logistic(difference(upcast(outputs)[..., aspect]))
+
+
+# ------------------------------------------------------------------ terms: which pairs a loss counts
+def aspect_pairs(rewards, real, *, aspect) -> Pairs:
+    """1 where i is labelled higher than j on that aspect; missing labels (NaN) compare with nothing."""
+    label = torch.where(real, rewards[..., aspect], torch.nan)
+    return (label[..., :, None] > label[..., None, :]).double()

@@ -7,10 +7,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from prefopt.ops import masked
-from prefopt.parts import Rows
+from prefopt.ops import log1mexp, masked, upcast
+from prefopt.parts import Rows, Tokens
 
-__all__ = ["aot_unpaired", "apo_zero", "bco", "kto", "nca", "squared_error", "squared_goal", "cross_entropy"]
+__all__ = ["aot_unpaired", "apo_zero", "aspect_error", "bco", "cross_entropy", "kto", "linearised", "nca", "ordinal",
+           "squared_error", "squared_goal", "step_cross_entropy", "weighted_cross_entropy"]
 
 
 def kto(score, relevance, baseline, *, desirable=1.0, undesirable=1.0) -> Rows:
@@ -165,7 +166,124 @@ def aot_unpaired(score, relevance, transported, *, label_smoothing=0.0) -> Rows:
     return loss - 0.5 * loss.detach()
 
 
+def weighted_cross_entropy(score, relevance, *, desirable=1.0, undesirable=1.0) -> Rows:
+    """Sigmoid cross-entropy with a weight for each class.
+
+    l = -w1 psi log sigmoid(s) - w0 (1 - psi) log sigmoid(-s)
+
+    desirable, undesirable   w1, w0; they move the intercept by log(w1 / w0): see rewards.clicks.corrected
+    Gradient    through s
+    Edge        smooth at s = 0
+    Relations   w1 = w0 = 1 is `cross_entropy`
+    Departs     -
+    Reference   Reinforcement Learning from User Feedback, 2025 (P[Love])
+
+    >>> weighted_cross_entropy(torch.zeros(1, 2), torch.tensor([[1., 0.]]), desirable=2.)
+    tensor([[1.3863, 0.6931]])
+    """
+    label = relevance.to(score.dtype)
+    return -desirable * label * F.logsigmoid(score) - undesirable * (1 - label) * F.logsigmoid(-score)
+
+
+def ordinal(grade_logits, relevance, real) -> Rows:
+    """Negative log-likelihood of a grade under cumulative logits, one per threshold (relaxed proportional odds).
+
+    l = -log (S_y - S_{y+1}),   S_k = P(y >= k) = sigmoid(g_k),   S_0 = 1, S_K = 0
+
+    The relevance is the grade, 0..K-1, for K - 1 logits.
+
+    Gradient    through grade_logits
+    Edge        crossed thresholds (S_y <= S_{y+1}) cost a finite loss whose gradient uncrosses them; other grades are an error
+    Relations   K = 2 is `cross_entropy`; equal outputs for all thresholds: proportional odds
+    Departs     what is kept from 0 is 1 - exp(g_{y+1} - g_y), at 1e-6, and not the difference of probabilities
+    Reference   PRESTO, Predicting Rare Events by Shrinking Towards Proportional Odds, ICML 2023; McCullagh 1980
+
+    >>> odds = torch.tensor([[[3., 1 / 3]]]).log()                  # S = 1, 3/4, 1/4, 0
+    >>> ordinal(odds, torch.tensor([[1.]]), torch.ones(1, 1).bool())        # log 2
+    tensor([[0.6931]])
+    """
+    g, grades = upcast(grade_logits), grade_logits.shape[-1]
+    y = torch.where(real, relevance, 0)
+    wrong = (y != y.round()) | (y < 0) | (y > grades)
+    if bool(wrong.any()):
+        raise ValueError(f"an ordinal reward model with {grades} thresholds takes the grades 0 to {grades} as relevance, and "
+                         f"{int(wrong.sum())} responses have others: the first {float(y[wrong][0]):g}. Renumber the grades "
+                         f"from 0, or set `levels` to their number")
+    ends = [torch.full_like(y[..., None], end, dtype=g.dtype) for end in (torch.inf, -torch.inf)]
+    g = torch.cat([ends[0], g, ends[1]], -1)
+    reached, passed = (g.gather(-1, (y.long() + k)[..., None]).squeeze(-1) for k in (0, 1))
+    return -F.logsigmoid(reached) - F.logsigmoid(-passed) - log1mexp(passed - reached)
+
+
+def aspect_error(outputs, rewards, *, aspect=0) -> Rows:
+    """Regression of one output of a reward model on the labels of one aspect.
+
+    l = (f - a)^2,   f = outputs_aspect, a = rewards_aspect
+
+    aspect      which output and label, from 0
+    Gradient    through outputs; none where the label is missing
+    Edge        a missing label (NaN) gives 0 and is not counted (`observed_rows`)
+    Relations   `squared_error` on the score and the relevance
+    Departs     -
+    Reference   Wang et al., ArmoRM, arXiv:2406.12845, stage 1
+
+    >>> aspect_error(torch.tensor([[[1., 2.]]]), torch.tensor([[[float("nan"), 5.]]]), aspect=1)
+    tensor([[9.]])
+    """
+    f, a = upcast(outputs)[..., aspect], rewards[..., aspect]
+    return torch.where(torch.isnan(a), 0.0, f - a.to(f.dtype)) ** 2
+
+
+def step_cross_entropy(token_reward, step_label, mask) -> Tokens:
+    """Cross-entropy of each step, at the token that ends it.
+
+    l_t = -a_t log sigmoid(v_t) - (1 - a_t) log sigmoid(-v_t),   v = token_reward, a = step_label
+
+    Gradient    through token_reward at the ends of steps
+    Edge        other tokens give 0 and are not counted (`step_tokens`)
+    Relations   one step per response: `cross_entropy` of an outcome reward model
+    Departs     -
+    Reference   Sun et al., Easy-to-Hard Generalization, arXiv:2403.09472; Lightman et al., arXiv:2305.20050
+
+    >>> step_cross_entropy(torch.zeros(1, 1, 2), torch.tensor([[[float("nan"), 1.]]]), torch.ones(1, 1, 2))
+    tensor([[[0.0000, 0.6931]]])
+    """
+    ends = mask.bool() & ~torch.isnan(step_label)
+    v = masked(token_reward, ends)
+    return torch.where(ends, cross_entropy(v, torch.where(ends, step_label, 0.0)), 0.0)
+
+
+def linearised(score, tangent) -> Rows:
+    """A loss of the whole step that is no sum over rows (F1, Dice), as a sum of its tangent.
+
+    l_i = L + d_i (s_i - sg(s_i)),   tangent = (d, L),   d_i = n dL/ds_i
+
+    L and its slopes are taken over all rows of the step, before it, by an annotation; n counts the rows, so that the mean
+    over rows has the value and the gradient of L.
+
+    Gradient    d_i: exact for one update per step
+    Edge        -
+    Relations   the tangents are those of `annotations.dice`, `anyloss_f`, ...
+    Departs     -
+    Reference   -
+
+    >>> linearised(torch.tensor([[7.]]), torch.tensor([[[0.5, 2.]]]))
+    tensor([[2.]])
+    """
+    return tangent[..., 1] + tangent[..., 0] * (score - score.detach())
+
+
 # ------------------------------------------------------------------ terms: which rows a loss counts
+def observed_rows(rewards, real, *, aspect) -> Rows:
+    """1 for compared rows that are labelled on that aspect."""
+    return (real & ~torch.isnan(rewards[..., aspect])).double()
+
+
+def step_tokens(step_label, mask, real) -> Tokens:
+    """1 for tokens of compared rows that end a labelled step."""
+    return (mask.bool() & real[..., None] & ~torch.isnan(step_label)).double()
+
+
 def opposed_rows(relevance, real) -> Rows:
     """1 for compared rows. Labels that tell a pair apart on the same side of 1/2 are an error, as both rows would win."""
     low, high = (relevance.masked_fill(~real, fill) for fill in (float("inf"), float("-inf")))

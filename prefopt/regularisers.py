@@ -1,14 +1,16 @@
 """regularisers: extra loss terms of a preference objective, each with its own reduction (see `objectives.Term`)."""
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
-from prefopt.ops import log_ratios, masked, masked_mean, masked_sum
+from prefopt.ops import log_ratios, masked, masked_mean, masked_sum, upcast
 from prefopt.parts import Lists, Pairs, Rows, Tokens
 
-__all__ = ["best_mean_nll", "best_nll", "interaction", "k3_old", "l1_kl_mask", "l1_reward_mask", "online_kl",
-           "rationale_logsigmoid", "rationale_nll", "token_nll"]
+__all__ = ["best_mean_nll", "best_nll", "centring", "interaction", "k3_old", "l1_kl_mask", "l1_reward_mask",
+           "least_spread", "online_kl", "rationale_logsigmoid", "rationale_nll", "tied_outputs", "token_nll"]
 
 
 def best_share(relevance, real):
@@ -199,6 +201,59 @@ def interaction(score, contrast) -> Lists:
     tensor([0.3133])
     """
     return -F.logsigmoid(torch.where(contrast != 0, contrast.to(score.dtype) * score, 0.0).sum(-1))
+
+
+def centring(score) -> Pairs:
+    """Rewards of a compared pair sum to 0, which pairs alone leave open.
+
+    l_ij = (s_i + s_j)^2
+
+    Gradient    2 (s_i + s_j) to both
+    Edge        symmetric, so that the labels only say which pairs count
+    Relations   TRL's `center_rewards_coefficient` is its weight, usually 0.01
+    Departs     -
+    Reference   Eisenstein et al., Helping or Herding?, arXiv:2312.09244
+
+    >>> centring(torch.tensor([[2., 1.]]))[0, 0, 1]
+    tensor(9.)
+    """
+    return (score[..., :, None] + score[..., None, :]) ** 2
+
+
+def least_spread(outputs, *, least=0.3) -> Rows:
+    """The entropy of a Gaussian reward stays above that of a given spread.
+
+    l = max(0, H(least) - H(s)) = max(0, log least - log s),   outputs = (mu, log s)
+
+    least       spread below which it costs something
+    Gradient    -1 to log s below, 0 above
+    Edge        s = least gives 0
+    Relations   H = log(2 pi e s^2) / 2, whose constants cancel
+    Departs     -
+    Reference   PEARL, Zero-shot Cross-task Preference Alignment
+
+    >>> least_spread(torch.tensor([[[0., -1.], [0., 1.]]]), least=1.)
+    tensor([[1., 0.]])
+    """
+    return (math.log(least) - upcast(outputs)[..., 1]).relu()
+
+
+def tied_outputs(outputs) -> Rows:
+    """The thresholds of an ordinal reward model share one output as far as the data allow.
+
+    l = sum_{k >= 2} |f_k - f_{k-1}|
+
+    Gradient    signs, through outputs
+    Edge        one output: 0
+    Relations   weight -> infinity is proportional odds; weight 0 is a model of its own for each threshold
+    Departs     differences of outputs and not of weights, whose coordinates mean nothing on a network's hidden state; the
+                penalty of the paper, for given features, is rewards.losses.ordinal_penalty
+    Reference   PRESTO, Predicting Rare Events by Shrinking Towards Proportional Odds, ICML 2023
+
+    >>> tied_outputs(torch.tensor([[[1., 3., 2.]]]))
+    tensor([[3.]])
+    """
+    return upcast(outputs).diff(dim=-1).abs().sum(-1)
 
 
 # ------------------------------------------------------------------ terms: which entries a regulariser counts

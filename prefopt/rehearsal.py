@@ -9,7 +9,7 @@ from torch import Tensor
 from data_tools.batch import Batch
 from data_tools.columns import COLUMNS
 from prefopt.diagnose import combined
-from prefopt.forward import FROZEN, GRADIENT
+from prefopt.forward import FROZEN, GRADED, GRADIENT
 from prefopt.objectives import PreferenceObjective
 
 
@@ -36,9 +36,10 @@ def rehearse(objective: PreferenceObjective, batch: Batch) -> Rehearsal:
         module.setup(layers=1, width=1)
     batch = made_up(objective, batch)
     loss = objective.loss(objective.annotate(batch))
-    logp = batch["logp"]
-    slope = torch.autograd.grad(loss.value, logp)[0] if loss.value.requires_grad else torch.zeros_like(logp)
-    learns = batch.grouped(slope.abs().sum(1))[0].sum(1) > 0
+    made = [v for v in batch.values() if v.requires_grad]
+    slopes = torch.autograd.grad(loss.value, made, allow_unused=True) if loss.value.requires_grad else ()
+    moved = sum((s.abs().flatten(1).sum(1) for s in slopes if s is not None), torch.zeros(batch.N, dtype=torch.float64))
+    learns = batch.grouped(moved)[0].sum(1) > 0
     return Rehearsal(learns, tuple(combined({k: float(v) for k, v in loss.metrics.items()})))
 
 
@@ -46,14 +47,16 @@ def made_up(objective: PreferenceObjective, batch: Batch) -> Batch:
     """The batch with the columns that models and sampling would add: log-probabilities close to -1, everything else in
     [0, 1], of one layer and one dimension."""
     sizes = {"N": batch.N, "T": batch["mask"].shape[1], "L": 1, "D": 1}
+    wide = {**sizes, "D": objective.outputs or 1}
     random = torch.Generator().manual_seed(0)
     out = {"logp": -1 - 0.01 * torch.rand(batch["mask"].shape, generator=random, dtype=torch.float64)}
     for column in sorted(objective.reads() & (FROZEN | GRADIENT) - {"logp"}):
-        shape = [sizes[d] for d in COLUMNS[column].dims.split()]
+        shape = [(wide if column.startswith("outputs") else sizes)[d] for d in COLUMNS[column].dims.split()]
         out[column] = torch.rand(shape, generator=random, dtype=torch.float64)
         if column.startswith("logp"):
             out[column] = -1 - 0.01 * out[column]
-    out["logp"].requires_grad_()
+    for column in {"logp", *GRADED} & set(out):
+        out[column].requires_grad_()
     return batch.with_columns(**out)
 
 
@@ -68,4 +71,5 @@ def example(labels: list[list[float]]) -> Batch:
     zero, place = torch.zeros_like(relevance), torch.tensor([n + 1 for g in labels for n in range(len(g))])
     return Batch({"group": group, "relevance": relevance, "mask": torch.ones(len(group), 2), "reward": relevance,
                   "position": place, "level": zero.long(), "contrast": zero, "rationale": zero.bool(),
-                  "degree": zero.long() - 1, "side": zero.long() - 1})
+                  "degree": zero.long() - 1, "side": zero.long() - 1, "segment": torch.ones(len(group), 2),
+                  "step_label": relevance[:, None].expand(len(group), 2)})

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefopt.ops import log1mexp, log_ratios, masked, masked_mean, masked_sum
+from prefopt.ops import log1mexp, log_ratios, masked, masked_mean, masked_sum, upcast
 
-__all__ = ["alpha_divergence", "forward_kl", "jensen_shannon", "length_desensitised", "log_likelihood", "log_odds",
-           "log_ratio", "mean_log_ratio", "mean_logp", "scaled_reference", "token_masked"]
+__all__ = ["alpha_divergence", "expected_grade", "forward_kl", "head", "jensen_shannon", "length_desensitised",
+           "log_likelihood", "log_odds", "log_ratio", "lowest_step", "mean_log_ratio", "mean_logp", "scaled_reference",
+           "token_masked"]
 
 
 def log_ratio(logp, logp_ref, mask, *, beta=0.1) -> Tensor:
@@ -225,3 +226,56 @@ def token_masked(logp, logp_ref, mask, reward_mask, kl_mask, token_kl, *, beta=0
     """
     rho, kl = log_ratios(logp, logp_ref, mask), masked(token_kl, mask)
     return beta * (masked(reward_mask, mask) * rho + masked(kl_mask, mask) * kl).sum(-1)
+
+
+def head(outputs) -> Tensor:
+    """Reward model: the first output of its head.
+
+    s = outputs_1
+
+    Gradient    through outputs
+    Edge        in float32 or better, so that half precision does not quantise differences
+    Relations   `log_ratio` is the implicit reward in its place
+    Departs     -
+    Reference   Ouyang et al., InstructGPT, arXiv:2203.02155
+
+    >>> head(torch.tensor([[2., 5.]]))
+    tensor([2.])
+    """
+    return upcast(outputs)[..., 0]
+
+
+def expected_grade(grade_logits) -> Tensor:
+    """Mean of an ordinal reward model's distribution over the grades 0..K-1.
+
+    s = sum_k P(y >= k) = sum_k sigmoid(g_k),   k = 1..K-1
+
+    Gradient    through grade_logits
+    Edge        between 0 and K - 1
+    Relations   K = 2 is the probability of the upper grade
+    Departs     -
+    Reference   PRESTO, Predicting Rare Events by Shrinking Towards Proportional Odds, ICML 2023
+
+    >>> expected_grade(torch.zeros(1, 4))
+    tensor([2.])
+    """
+    return torch.sigmoid(upcast(grade_logits)).sum(-1)
+
+
+def lowest_step(token_reward, step_label, mask) -> Tensor:
+    """Process reward model: the logit of the worst step.
+
+    s = min over the tokens that end a step of token_reward_t
+
+    Gradient    through that token
+    Edge        a response without steps scores 0
+    Relations   one step: the reward at its end
+    Departs     -
+    Reference   Lightman et al., Let's Verify Step by Step, arXiv:2305.20050; Sun et al., arXiv:2403.09472
+
+    >>> lowest_step(torch.tensor([[1., 9., -2.]]), torch.tensor([[1., float("nan"), 0.]]), torch.ones(1, 3))
+    tensor([-2.])
+    """
+    ends = mask.bool() & ~torch.isnan(step_label)
+    lowest = F.pad(upcast(token_reward).masked_fill(~ends, math.inf), (0, 1), value=math.inf).amin(-1)
+    return torch.where(ends.any(-1), lowest, 0.0)

@@ -12,7 +12,7 @@ import torch
 from prefopt import folder
 from prefopt.config import Run
 from prefopt.forward import frozen_models
-from prefopt.models import Models, frozen_copy, load_policy
+from prefopt.models import Models, frozen_copy, head_of, load_policy, load_tokenizer, prepare_padding
 
 
 def accelerator(run: Run):
@@ -44,10 +44,23 @@ def seed(*numbers: int) -> None:
     set_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
+def tokenizer(run: Run, objective):
+    """The run's tokenizer, or the policy's; for a reward model with padding that its saved folder can be used with."""
+    found = load_tokenizer(run.tokenizer or run.policy.name, trust_remote_code=run.policy.trust_remote_code,
+                           revision=None if run.tokenizer else run.policy.revision)
+    if objective.outputs:
+        prepare_padding(found)
+    return found
+
+
 def load_models(run: Run, objective, tokenizer, checkpoint: Path | None, device, cached: Collection[str] = ()) -> Models:
     """The policy (from the checkpoint when resuming), and the reference where a column that is not `cached` needs it."""
     own, moves = run.policy.model_dump(), objective.reference.moves
-    policy = load_policy(**{**own, "name": str(checkpoint / "model"), "revision": None, "lora": None} if checkpoint else own)
+    head = head_of(objective)
+    policy = load_policy(**{**own, "name": str(checkpoint / "model"), "revision": None, "lora": None} if checkpoint else own,
+                         head=head)
+    if head.outputs:
+        prepare_padding(tokenizer, policy)
     policy.to(device)
     if not frozen_models(objective.reads().difference(cached)) or (has_adapters(run) and not moves):
         reference = None                                      # the policy with its fresh adapters off, where it has them

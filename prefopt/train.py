@@ -25,7 +25,7 @@ from prefopt import checkpoints, folder, setup
 from prefopt.config import Run, met
 from prefopt.diagnose import EVALUATION_METRICS, combined
 from prefopt.forward import fill, forward
-from prefopt.models import Models, load_tokenizer
+from prefopt.models import Models
 from prefopt.ops import processes, total
 from prefopt.setup import has_adapters, load_models, load_reference, optimization, sampling, seed
 from prefopt.sources import Dataset, Online
@@ -58,8 +58,7 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> Result:
     seed(settings.seed)
     objective = run.objective()
     reads = objective.reads()
-    tokenizer = load_tokenizer(run.tokenizer or run.policy.name, trust_remote_code=run.policy.trust_remote_code,
-                               revision=None if run.tokenizer else run.policy.revision)
+    tokenizer = setup.tokenizer(run, objective)
     with accelerator.main_process_first():
         data, held_out = folder.datasets(run, tokenizer)
         if checkpoint:
@@ -104,7 +103,9 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> Result:
             if step == 1 and run.reference is None and {"logp", "logp_ref"} <= reads:
                 check_start(models, objective, batch, run, accelerator)
 
-            def gradient(batch=batch, step=step) -> dict[str, float]:
+            logs = step % settings.log_every == 0 or step == steps
+
+            def gradient(batch=batch, step=step, logs=logs) -> dict[str, float]:
                 optimizer.zero_grad()
                 sums: dict[str, Tensor] = {}
                 for micro in batch.microbatches(settings.tokens):
@@ -112,7 +113,7 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> Result:
                         micro = forward(models, micro, reads)
                     loss = objective.loss(micro)
                     accelerator.backward(loss.value)
-                    add(sums, {"loss": loss.value.detach(), **loss.metrics})
+                    add(sums, {"loss": loss.value.detach(), **(loss.metrics if logs else {})})
                 add_over_processes(parameters)
                 accelerator.unscale_gradients(optimizer)
                 sums["grad_norm"] = nn.utils.clip_grad_norm_(parameters, settings.clip or float("inf"))
@@ -128,7 +129,7 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> Result:
             progress["last"].update(values)
             if reference is not None:
                 objective.reference.step(step, reference, [p for _, p in models.trainable()])
-            if step % settings.log_every == 0 or step == steps:
+            if logs:
                 line = {"step": step, "epoch": step / source.steps_per_epoch, "lr": lr, **values}
                 folder.log(accelerator, out, line, step)
             tokens = int(total(batch["attend"].sum()))
@@ -147,7 +148,7 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> Result:
                 checkpoints.prune(out / "checkpoints", settings.keep)
     finished = bool(progress["stopped"]) or progress["step"] >= steps
     if finished and accelerator.is_main_process:
-        checkpoints.save_model(models.policy, tokenizer, out / "model", objective)
+        checkpoints.save_model(models.policy, tokenizer, out / "model", objective, folder.card(run))
     accelerator.wait_for_everyone()
     if run.log:
         accelerator.end_training()
@@ -261,7 +262,7 @@ def judge(progress: dict, run: Run, objective, models: Models, accelerator, out:
     if np.isfinite(value) and (progress["best"] is None or value > progress["best"]):
         progress.update(best=value, best_step=progress["step"], evaluations_since=0)
         if patience and accelerator.is_main_process:
-            checkpoints.save_model(models.policy, models.tokenizer, out / "best", objective)
+            checkpoints.save_model(models.policy, models.tokenizer, out / "best", objective, folder.card(run))
     else:
         progress["evaluations_since"] += 1
     if patience and progress["evaluations_since"] >= patience:

@@ -9,6 +9,9 @@ a reward of many rows    an object with `name`, `settings()` and `__call__(rows)
 
 What compares responses instead of grading them (general preference models, pairwise judges) is a `Comparison`: it has
 `name`, `settings()` and `compare(groups) -> list of K x K matrices`, P(i preferred to j), None where it does not know.
+
+A reward that computes many rows at once may put a ScoringError in the place of a number, so that one bad row does not
+cost the others.
 """
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ from typing import Protocol
 from data_tools.columns import nearest
 from data_tools.records import Group, Message, Prompt, Response
 
-__all__ = ["Comparison", "MissingField", "Reward", "Row", "RowReward", "ScoringError", "as_reward", "final_text", "rows_of",
-           "score", "user_text"]
+__all__ = ["Comparison", "MeanWin", "MissingField", "Reward", "Row", "RowReward", "ScoringError", "as_reward", "final_text",
+           "mean_wins", "rows_of", "score", "user_text", "values_of"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,12 @@ class Row:
     def place(self) -> str:
         """Where the row comes from, for errors."""
         where = self.group.meta.get("place", "")
-        return f"{where}: response {[r is self.response for r in self.group.responses].index(True) + 1}".lstrip(": ")
+        return f"{where}: response {index_of(self) + 1}".lstrip(": ")
+
+
+def index_of(row: Row) -> int:
+    """The position of the row's response in its group."""
+    return [r is row.response for r in row.group.responses].index(True)
 
 
 class Reward(Protocol):
@@ -103,26 +111,64 @@ class RowReward:
         return [self.one(row) for row in rows]
 
     def one(self, row: Row) -> float:
+        return self.function(*self.arguments(row))
+
+    def reads(self) -> list[str]:
+        """The fields of a row that the function reads."""
+        return [p.name for p in inspect.signature(self.function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+
+    def arguments(self, row: Row) -> list:
         fields = row.fields()
-        arguments = []
-        for p in inspect.signature(self.function).parameters.values():
-            if p.kind is p.KEYWORD_ONLY:
-                continue
-            if p.name not in fields:
-                raise MissingField(f"reward {self.name!r} reads the field {p.name!r}, which the row lacks"
-                                   f"{nearest(p.name, fields)}; fields: {', '.join(sorted(fields))}")
-            arguments.append(fields[p.name])
-        return self.function(*arguments)
+        for name in self.reads():
+            if name not in fields:
+                raise MissingField(f"reward {self.name!r} reads the field {name!r}, which the row lacks"
+                                   f"{nearest(name, fields)}; fields: {', '.join(sorted(fields))}")
+        return [fields[name] for name in self.reads()]
+
+
+@dataclass(frozen=True)
+class MeanWin:
+    """A comparison as a reward: the mean probability of beating the other responses of the same group that it was
+    compared with. A number of a response on its own does not exist: it moves with the group."""
+    comparison: Comparison
+
+    @property
+    def name(self) -> str:
+        return self.comparison.name
+
+    def settings(self) -> dict:
+        return self.comparison.settings()
+
+    def __call__(self, rows: Sequence[Row]) -> list[float | ScoringError]:
+        groups = list({id(row.group): row.group for row in rows}.values())
+        found = {id(g): mean_wins(w) for g, w in zip(groups, self.comparison.compare(groups), strict=True)}
+        return [unknown(found[id(row.group)][index_of(row)]) for row in rows]
+
+
+def unknown(mean: float | None) -> float | ScoringError:
+    return ScoringError("no comparison with another response of the group is known") if mean is None else mean
+
+
+def mean_wins(wins: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """Mean probability of beating the others, over those that are known; None where none is.
+
+    >>> mean_wins([[0.5, 1.0, None], [0.0, 0.5, 0.5], [None, 0.5, 0.5]])
+    [1.0, 0.25, 0.5]
+    """
+    others = [[w for j, w in enumerate(row) if j != i and w is not None] for i, row in enumerate(wins)]
+    return [sum(row) / len(row) if row else None for row in others]
 
 
 def as_reward(thing: Callable, name: str | None = None) -> Reward:
-    """A plain function of one row becomes a reward; a reward stays what it is.
+    """A plain function of one row becomes a reward, a comparison its `MeanWin`; a reward stays what it is.
 
     >>> def shout(text, *, factor=1.0): return factor * text.count("!")
     >>> as_reward(partial(shout, factor=2.0))([Row(Group("a", []), Response("b!!"))])
     [4.0]
     """
-    return thing if hasattr(thing, "settings") else RowReward(thing, name)
+    if not hasattr(thing, "settings"):
+        return RowReward(thing, name)
+    return MeanWin(thing) if hasattr(thing, "compare") else thing
 
 
 def rows_of(groups: Sequence[Group]) -> list[Row]:
@@ -136,13 +182,16 @@ def score(groups: Sequence[Group], rewards: Mapping[str, Callable] | Sequence[Ca
     on_error    "raise": a row that cannot be scored ends with ScoringError, which names the reward and the row's place.
                 "mark": the row gets no score; why stands in its meta under "unscored" ({reward: reason}). A NaN or infinite
                 score is such an error. A score is never made up.
+
+    A comparison fills in the mean probability of beating the others of the group, and `meta["wins"][name]` with its
+    matrix; where a group has no label of its own, the matrix becomes its `wins`.
     """
     if on_error not in ("raise", "mark"):
         raise ValueError(f"on_error is 'raise' or 'mark', found {on_error!r}")
     named = rewards if isinstance(rewards, Mapping) else {as_reward(r).name: r for r in rewards}
     rows = rows_of(groups)
     for name, thing in named.items():
-        reward = as_reward(thing, name)
+        reward = compared(thing, groups, name, on_error) if hasattr(thing, "compare") else as_reward(thing, name)
         for row, value in zip(rows, values_of(reward, rows, on_error), strict=True):
             if isinstance(value, ScoringError):
                 row.response.scores.pop(name, None)

@@ -429,5 +429,5 @@ def test_the_check_is_free_of_dropout_and_runs_once():
 
 
 def test_a_model_without_a_head_is_refused():
-    with pytest.raises(ValueError, match="LlamaModel has no language-model head"):
+    with pytest.raises(ValueError, match="LlamaModel has no head"):
         Models(tiny("llama").model)
