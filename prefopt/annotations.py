@@ -154,7 +154,7 @@ def accuracy_loss(counts):
     return (counts[1] + counts[2]) / counts.sum().clamp(min=1)
 
 
-def f_loss(counts, beta):
+def f_loss(counts, beta=1.0):
     tp, fn, fp, _ = counts
     return (beta ** 2 * fn + fp) / ((1 + beta ** 2) * tp + beta ** 2 * fn + fp).clamp(min=torch.finfo(torch.float32).tiny)
 
@@ -200,8 +200,8 @@ def dice(score, relevance, real, *, alpha=0.0, smooth=1e-4, power=1.0):
     Reference   Li et al., Dice Loss for Data-imbalanced NLP Tasks, arXiv:1911.02855; ShannonAI/dice_loss_for_NLP
 
     >>> two = torch.zeros(1, 2), torch.tensor([[1., 0.]]), torch.ones(1, 2).bool()
-    >>> dice(*two, smooth=0.0)[0, 0]                                # 1 - 1/2; dL/ds = (-1/2 + 1/8) / 4 a row, times 2
-    tensor([-0.1875,  0.5000])
+    >>> dice(*two, smooth=0.0)[0, 0]                                # n dL/dq dq/ds = 2 (-3/4) (1/4), and 1 - 1/2
+    tensor([-0.3750,  0.5000])
     """
     return tangent(lambda sums: dice_loss(sums, smooth), lambda *x: dice_sums(*x, alpha, power), score, relevance, real)
 

@@ -405,7 +405,7 @@ def show(found: Iterable[Page], console) -> None:
 
 # ------------------------------------------------------------------------------------------------- tables and markdown
 BEGIN, END = "<!-- recipes -->", "<!-- /recipes -->"
-THEMES = ("pairs", "lists", "unpaired", "beyond")             # modules of prefopt.recipes
+THEMES = ("pairs", "lists", "unpaired", "beyond", "reward_models")             # modules of prefopt.recipes
 MORE = ("reference", "annotations", "providers")              # rarely filled slots share a column of the table
 
 

@@ -227,5 +227,5 @@ def general_preference(embedding, gate, *, tau=0.1) -> Pairs:
         raise ValueError(f"a general preference needs an embedding of even width, found {embedding.shape[-1]}: blocks of two "
                          f"dimensions are rotated against each other. Give the recipe an even `dim`")
     v = upcast(embedding)
-    half = (upcast(gate) * v[..., 0::2]) @ v[..., 1::2].mT
+    half = (gate.to(v.dtype) * v[..., 0::2]) @ v[..., 1::2].mT
     return (half - half.mT) / tau

@@ -118,7 +118,11 @@ class Trunk:
         exact = hidden.dtype in (torch.float32, torch.float64)
         gap = relative(hidden[1, :-1], hidden[0, :-1])
         self.causal = gap < (1e-4 if exact else 2e-2)
-        own = self.model(input_ids=pair[:1]).logits           # of one row, which needs no padding token
+        base = self.model.get_base_model() if is_peft(self.model) else self.model
+        config, pad = base.config.get_text_config(), base.config.get_text_config().pad_token_id
+        config.pad_token_id = None                            # of one row without padding, also where it has such a token
+        own = self.model(input_ids=pair[:1]).logits
+        config.pad_token_id = pad
         at = hidden[0] if self.language or self.tokenwise else hidden[:1, -1]
         ours = self.head(at).view_as(own) if self.causal or self.tokenwise else own
         self.model.train(training)
@@ -258,6 +262,8 @@ def _whole(name: str, head: Head, **arguments) -> nn.Module:
     import transformers
     extra = {"num_labels": head.outputs, "ignore_mismatched_sizes": True} if head.outputs else {}
     what = "causal language model" if head is LANGUAGE else "reward model"
+    loud = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()                # its table of missing weights: we say what is wrong ourselves
     try:
         model, found = getattr(transformers, head.auto).from_pretrained(name, use_safetensors=True, output_loading_info=True,
                                                                         **extra, **arguments)
@@ -266,6 +272,8 @@ def _whole(name: str, head: Head, **arguments) -> nn.Module:
         said = said if len(said) < 400 else f"{said[:240]} ... {said[-120:]}"
         raise ValueError(f"cannot load {name!r} as a {what} (a folder with config.json and safetensors, or a hub id): "
                          f"{said}") from error
+    finally:
+        transformers.logging.set_verbosity(loud)
     own = f"{model.base_model_prefix}."                       # of the body; a new head is outside of it
     missing = sorted(k for k in found["missing_keys"] if not head.outputs or k.startswith(own) and ".pooler." not in k)
     if missing:

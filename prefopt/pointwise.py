@@ -171,7 +171,7 @@ def weighted_cross_entropy(score, relevance, *, desirable=1.0, undesirable=1.0) 
 
     l = -w1 psi log sigmoid(s) - w0 (1 - psi) log sigmoid(-s)
 
-    desirable, undesirable   w1, w0; they move the intercept by log(w1 / w0): see rewards.clicks.corrected
+    desirable, undesirable   w1, w0; they move the intercept by log(w1 / w0): see rewards.clicks.unweighted
     Gradient    through s
     Edge        smooth at s = 0
     Relations   w1 = w0 = 1 is `cross_entropy`
@@ -202,7 +202,7 @@ def ordinal(grade_logits, relevance, real) -> Rows:
     >>> ordinal(odds, torch.tensor([[1.]]), torch.ones(1, 1).bool())        # log 2
     tensor([[0.6931]])
     """
-    g, grades = upcast(grade_logits), grade_logits.shape[-1]
+    g, grades = masked(grade_logits, real[..., None]), grade_logits.shape[-1]
     y = torch.where(real, relevance, 0)
     wrong = (y != y.round()) | (y < 0) | (y > grades)
     if bool(wrong.any()):

@@ -25,8 +25,8 @@ from typing import Protocol
 from data_tools.columns import nearest
 from data_tools.records import Group, Message, Prompt, Response
 
-__all__ = ["Comparison", "MeanWin", "MissingField", "Reward", "Row", "RowReward", "ScoringError", "as_reward", "final_text",
-           "mean_wins", "rows_of", "score", "user_text", "values_of"]
+__all__ = ["Comparison", "MeanWin", "MissingField", "Reward", "Row", "RowReward", "ScoringError", "Unreachable", "as_reward",
+           "final_text", "mean_wins", "rows_of", "score", "user_text", "values_of"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ def index_of(row: Row) -> int:
 
 
 class Reward(Protocol):
-    """Numbers for many rows. `settings()` is plain JSON: with `name` it says all that decides a score (the cache's key)."""
+    """Numbers for many rows. `settings()` is plain JSON: with `name` it says all that decides a score (the cache's key).
+
+    A reward may also have `reads()`, the fields that it looks at: then a change in another field keeps its cached scores.
+    """
     name: str
 
     def settings(self) -> dict: ...
@@ -87,6 +90,10 @@ class Comparison(Protocol):
 
 class ScoringError(ValueError):
     """A reward that raised, timed out or returned something that is no number, with the row it happened at."""
+
+
+class Unreachable(ScoringError):
+    """A service that does not answer, however often it is asked. It ends the scoring even where rows may be marked."""
 
 
 class MissingField(ScoringError):
@@ -129,24 +136,30 @@ class RowReward:
 @dataclass(frozen=True)
 class MeanWin:
     """A comparison as a reward: the mean probability of beating the other responses of the same group that it was
-    compared with. A number of a response on its own does not exist: it moves with the group."""
+    compared with. A number of a response on its own does not exist: it moves with the group.
+
+    The matrix itself stays in `group.meta["wins"][name]`, and becomes the `wins` of a group without any label.
+    """
     comparison: Comparison
+    label: str | None = None
 
     @property
     def name(self) -> str:
-        return self.comparison.name
+        return self.label or self.comparison.name
 
     def settings(self) -> dict:
         return self.comparison.settings()
 
     def __call__(self, rows: Sequence[Row]) -> list[float | ScoringError]:
         groups = list({id(row.group): row.group for row in rows}.values())
-        found = {id(g): mean_wins(w) for g, w in zip(groups, self.comparison.compare(groups), strict=True)}
-        return [unknown(found[id(row.group)][index_of(row)]) for row in rows]
-
-
-def unknown(mean: float | None) -> float | ScoringError:
-    return ScoringError("no comparison with another response of the group is known") if mean is None else mean
+        means = {}
+        for group, wins in zip(groups, self.comparison.compare(groups), strict=True):
+            group.meta["wins"] = {**group.meta.get("wins", {}), self.name: wins}
+            if group.relevance is None and group.wins is None:
+                group.wins = wins
+            means[id(group)] = [ScoringError("no comparison with another response of the group is known") if m is None else m
+                                for m in mean_wins(wins)]
+        return [means[id(row.group)][index_of(row)] for row in rows]
 
 
 def mean_wins(wins: Sequence[Sequence[float | None]]) -> list[float | None]:
@@ -168,7 +181,7 @@ def as_reward(thing: Callable, name: str | None = None) -> Reward:
     """
     if not hasattr(thing, "settings"):
         return RowReward(thing, name)
-    return MeanWin(thing) if hasattr(thing, "compare") else thing
+    return MeanWin(thing, name) if hasattr(thing, "compare") else thing
 
 
 def rows_of(groups: Sequence[Group]) -> list[Row]:
@@ -183,21 +196,23 @@ def score(groups: Sequence[Group], rewards: Mapping[str, Callable] | Sequence[Ca
                 "mark": the row gets no score; why stands in its meta under "unscored" ({reward: reason}). A NaN or infinite
                 score is such an error. A score is never made up.
 
-    A comparison fills in the mean probability of beating the others of the group, and `meta["wins"][name]` with its
-    matrix; where a group has no label of its own, the matrix becomes its `wins`.
+    A comparison fills in what `MeanWin` says.
     """
     if on_error not in ("raise", "mark"):
         raise ValueError(f"on_error is 'raise' or 'mark', found {on_error!r}")
     named = rewards if isinstance(rewards, Mapping) else {as_reward(r).name: r for r in rewards}
     rows = rows_of(groups)
     for name, thing in named.items():
-        reward = compared(thing, groups, name, on_error) if hasattr(thing, "compare") else as_reward(thing, name)
+        reward = as_reward(thing, name)
         for row, value in zip(rows, values_of(reward, rows, on_error), strict=True):
+            row.response.scores.pop(name, None)
+            unscored = {k: why for k, why in row.response.meta.pop("unscored", {}).items() if k != name}
             if isinstance(value, ScoringError):
-                row.response.scores.pop(name, None)
-                row.response.meta["unscored"] = {**row.response.meta.get("unscored", {}), name: str(value)}
+                unscored[name] = str(value)
             else:
                 row.response.scores[name] = value
+            if unscored:
+                row.response.meta["unscored"] = unscored
     return list(groups)
 
 
@@ -205,6 +220,8 @@ def values_of(reward: Reward, rows: Sequence[Row], on_error: str = "raise") -> l
     """A number for each row; with on_error="mark" an error in its place where there is none."""
     try:
         found = list(reward(rows))
+    except Unreachable:
+        raise
     except Exception as error:
         if on_error == "raise" and len(rows) <= 1:
             where = rows[0].place if rows else ""
@@ -213,7 +230,8 @@ def values_of(reward: Reward, rows: Sequence[Row], on_error: str = "raise") -> l
                 from error
         if len(rows) <= 1:
             return [ScoringError(f"{type(error).__name__}: {error}")]
-        return [values_of(reward, [row], on_error)[0] for row in rows]           # to find the row that it is
+        half = len(rows) // 2                                                     # to find the row that it is
+        return values_of(reward, rows[:half], on_error) + values_of(reward, rows[half:], on_error)
     if len(found) != len(rows):
         raise ScoringError(f"reward {reward.name!r} returned {len(found)} scores for {len(rows)} rows")
     out: list[float | ScoringError] = []
@@ -250,7 +268,7 @@ def user_text(prompt: Prompt) -> str:
 def final_text(text: str | list[Message]) -> str:
     """The text of a response; of several turns the last assistant message.
 
-    >>> final_text([{"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"}, {"role": "assistant", "content": "c"}])
+    >>> final_text([{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "c"}])
     'c'
     """
     if isinstance(text, str):

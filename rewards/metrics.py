@@ -107,9 +107,9 @@ def resampled(values: Sequence[float], group: Sequence[Hashable], *, draws: int 
     """(draws) means of the values, each of as many groups drawn with replacement (the bootstrap over groups)."""
     _, member = np.unique(np.asarray(group), return_inverse=True)
     total, count = np.bincount(member, weights=values), np.bincount(member)
-    rng = np.random.default_rng(seed)
-    picks = (rng.integers(len(count), size=len(count)) for _ in range(draws))
-    return np.array([total[p].sum() / count[p].sum() for p in picks])
+    rng, block = np.random.default_rng(seed), max(1, 10 ** 6 // len(count))                # some 8 MB at a time
+    picks = (rng.integers(len(count), size=(min(block, draws - done), len(count))) for done in range(0, draws, block))
+    return np.concatenate([total[p].sum(1) / count[p].sum(1) for p in picks])
 
 
 def interval(samples: np.ndarray) -> list[float]:
@@ -525,7 +525,7 @@ def agreement(margins: Mapping[str, Sequence[float]]) -> dict:
         a, b = a[both], b[both]
         found["pairs"][x][y] = len(a)
         if len(a):
-            same, tau = np.sign(a) == np.sign(b), kendalltau(a, b).statistic
+            same, tau = np.sign(a) == np.sign(b), kendalltau(a, b).statistic if len(a) > 1 else math.nan
             found["verdicts"][x][y] = float(same.mean())
             found["kappa"][x][y] = 1.0 if same.all() else float(cohen_kappa_score(np.sign(a), np.sign(b)))
             found["kendall"][x][y] = None if np.isnan(tau) else float(tau)

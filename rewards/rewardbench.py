@@ -71,9 +71,8 @@ def v1(subsets: Sequence[str], chosen: Sequence[float], rejected: Sequence[float
     """
     credit = defaultdict(list)
     unscored = tied = 0
-    for subset, w, l in zip(subsets, chosen, rejected, strict=True):
-        margin = float(w) - float(l)
-        unscored, tied = unscored + (margin != margin), tied + (margin == 0)
+    for subset, margin in zip(subsets, np.asarray(chosen, dtype=float) - np.asarray(rejected, dtype=float), strict=True):
+        unscored, tied = unscored + int(np.isnan(margin)), tied + int(margin == 0)
         credit[known(subset, list(SUBSETS), "RewardBench 1")].append(1.0 if margin > 0 else 0.0 if margin < 0 else undecided)
     accuracy = {s: sum(credit[s]) / len(credit[s]) for s in SUBSETS if s in credit}
     sections = v1_section_scores(accuracy)
@@ -124,8 +123,8 @@ def ties(items: Sequence[Mapping]) -> dict:
     Departs     no common prompt is 0 and not NaN
     Reference   Malik et al., RewardBench 2, arXiv:2506.01937; allenai/reward-bench
 
-    >>> found = ties([{"id": "tied:1", "num_correct": 2, "scores": [3, 2, 0]}, {"id": "ref:1", "num_correct": 1, "scores": [1, 0]}])
-    >>> found["score"]                                        # gap 2 > spread 1; g = 1 is not more than 1, tanh(1 - 1) = 0
+    >>> ref = {"id": "ref:1", "num_correct": 1, "scores": [1, 0]}
+    >>> ties([{"id": "tied:1", "num_correct": 2, "scores": [3, 2, 0]}, ref])["score"]
     0.8
     """
     gaps: dict[str, dict[str, tuple[float, float]]] = {"tied": {}, "ref": {}}

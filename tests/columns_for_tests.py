@@ -13,7 +13,12 @@ NAN = float("nan")
 SETTINGS = {name: dict(beta=0.3) for name in recipes.__all__
             if "beta" in inspect.signature(getattr(recipes, name)).parameters}
 for _name, _more in {
-    "aot": dict(label_smoothing=0.1), "aot_unpaired": dict(label_smoothing=0.2), "cpl": dict(alpha=0.3, bias=0.7, bc=0.3),
+    "anyloss": dict(amplification=5.3, beta=1.3), "aot": dict(label_smoothing=0.1),
+    "aot_unpaired": dict(label_smoothing=0.2), "bradley_terry": dict(label_smoothing=0.1, target=0.3, centring=0.2),
+    "bt_ties": dict(nu=0.7), "dice": dict(alpha=0.7, smooth=0.3), "gaussian": dict(entropy=0.3, least=0.7),
+    "general_preference": dict(dim=4, tau=0.3), "gpm_gated": dict(tau=0.3), "love": dict(desirable=1.3, undesirable=0.8),
+    "implicit_kto": dict(desirable=1.3, undesirable=0.8), "multi_objective": dict(aspects=3),
+    "multi_preference": dict(aspects=3), "ordinal": dict(levels=4, tie=0.3), "cpl": dict(alpha=0.3, bias=0.7, bc=0.3),
     "cpl_kl": dict(alpha=0.3, bias=0.6, bc=0.2), "spo_degree": dict(gamma=0.4), "discopop": dict(tau=0.7),
     "dpo": dict(label_smoothing=0.1), "dpo_alpha": dict(alpha=0.3), "dpo_gamma": dict(gamma=1.4),
     "exo": dict(label_smoothing=0.07), "hypo": dict(kl=0.3), "ipo": dict(tau=0.3), "ipo_summed": dict(tau=0.3),
@@ -26,12 +31,13 @@ for _name, _more in {
     "wpo": dict(label_smoothing=0.1),
 }.items():
     SETTINGS[_name] = {**SETTINGS.get(_name, {}), **_more}
-LISTS = {"irpo_ranking", "lipo", "lipo_hinge", "lipo_lambda", "lipo_list_mle", "lipo_point_mse", "lipo_point_sigmoid",
+LISTS = {"bt_list", "irpo_ranking", "lipo", "lipo_hinge", "lipo_lambda", "lipo_list_mle", "lipo_point_mse", "lipo_point_sigmoid",
          "lipo_softmax", "list_net"}
-UNPAIRED = {"bco", "kto"}
-PAIRS_ONLY = {"aot", "aot_unpaired", "apo_zero", "bco_pair", "nca", "sppo_hard"}
-POLICY = ("logp", "token_kl", "last_state")                   # columns that carry the policy's gradient
-TOKEN_COLUMNS = ("logp", "logp_ref", "logp_old", "collision", "token_kl", "activation_mask", "states_ref")
+UNPAIRED = {"anyloss", "bco", "dice", "implicit_ce", "implicit_kto", "kto", "love", "outcome"}
+PAIRS_ONLY = {"aot", "aot_unpaired", "apo_zero", "bco_pair", "implicit_nca", "nca", "sppo_hard"}
+POLICY = ("logp", "token_kl", "last_state", "outputs", "token_reward", "prompt_state")      # these carry the policy's gradient
+TOKEN_COLUMNS = ("logp", "logp_ref", "logp_old", "collision", "token_kl", "activation_mask", "states_ref", "token_reward",
+                 "step_label")
 
 
 def columns(labels: list[list[dict]], *, tokens: int = 6, seed: int = 0, dtype=torch.float64) -> dict[str, torch.Tensor]:
@@ -59,7 +65,10 @@ def columns(labels: list[list[dict]], *, tokens: int = 6, seed: int = 0, dtype=t
         "reward": uniform(n), "relevance": label("relevance", NAN, dtype), "level": label("level", 0, torch.long),
         "contrast": label("contrast", 0, torch.long), "position": label("position", 1, torch.long),
         "rationale": label("rationale", False, torch.bool), "online": label("online", False, torch.bool),
-        "degree": label("degree", -1, torch.long), "side": label("side", -1, torch.long)}
+        "degree": label("degree", -1, torch.long), "side": label("side", -1, torch.long),
+        "outputs": 4 * uniform(n, 4) - 2, "token_reward": 4 * uniform(n, tokens) - 2, "prompt_state": uniform(n, 3),
+        "step_label": torch.where(uniform(n, tokens) < 0.4, NAN, (uniform(n, tokens) < 0.5).to(dtype)),
+        "rewards": torch.where(uniform(n, 4) < 0.3, NAN, uniform(n, 4))}
 
 
 def pair(**extra) -> list[dict]:
@@ -81,6 +90,8 @@ def labels(name: str) -> list[list[dict]]:
         return [ranked(k) for k in (3, 2, 4, 1, 2)]
     if name == "trpa":
         return [[{"relevance": -float(level)} for level in group] for group in ((1, 2, 2, 4), (1, 3), (2, 2), (3, 1, 1))]
+    if name == "ordinal":
+        return [[{"relevance": float(grade)} for grade in group] for group in ((0, 2), (3,), (1, 1, 0), (2, 3), (1,))]
     if name == "hypo":
         return [pair() + [{"online": True}] * k for k in (2, 0, 3, 1)]
     if name in ("rationale", "rationale_released"):
@@ -99,7 +110,8 @@ def columns_for(name: str, *, seed: int = 0, dtype=torch.float64) -> dict[str, t
     made = columns(labels(name), seed=seed, dtype=dtype)
     if name != "trpa":                                        # elsewhere the policy before the step is `logp` itself
         del made["logp_old"]
-    return made
+    width = getattr(recipes, name)(**SETTINGS.get(name, {})).outputs
+    return {**made, "outputs": made["outputs"][:, :width]} if width else made
 
 
 def objective_for(name: str, **settings):

@@ -10,7 +10,7 @@ from columns_for_tests import columns_for, objective_for, outcome, ready
 from prefopt import label_rules, pairwise, recipes
 from prefopt.config import RANKINGS, SLOTS, Run, assemble, load, make, met
 from prefopt.folder import departures
-from prefopt.parts import MissingColumn, find, from_spec, hyperparameters, name, to_spec
+from prefopt.parts import MissingColumn, find, from_spec, hyperparameters, name, needs, to_spec
 from prefopt.references import Frozen, Moving
 
 BASE = {"recipe": "dpo", "policy": "somewhere/model", "data": {"train": "pairs.jsonl"}}
@@ -255,7 +255,8 @@ def compositions():
 
 
 ELSEWHERE = {"kto": "baseline", "bco": "baseline", "aot_unpaired": "transported", "token_masked": "reward_mask",
-             "length_desensitised": "shared_length"}
+             "length_desensitised": "shared_length", "expected_grade": "grade_logits", "ordinal": "grade_logits",
+             "linearised": "tangent"}
 
 
 @pytest.mark.parametrize("departures", compositions(), ids=lambda d: "-".join(next(iter(v)) if isinstance(v, dict) else v
@@ -264,13 +265,16 @@ def test_any_ranking_with_any_score(departures):
     """They compose; those that live by another part's column say which."""
     objective = ready(assemble("dpo", departures))
     columns = columns_for("aot")
-    missing = [ELSEWHERE[p] for p in (name(objective.score), name(objective.ranking)) if p in ELSEWHERE]
+    reads_score = needs([objective.ranking], {}) & {"score", "margin"}
+    used = [objective.ranking, objective.score][:1 + bool(reads_score)]
+    missing = [ELSEWHERE[p] for p in map(name, used) if p in ELSEWHERE]
     if missing:
         with pytest.raises(MissingColumn, match="|".join(missing)):
             outcome(objective, columns)
         return
     value, gradients = outcome(objective, columns)
-    assert value.isfinite() and gradients["logp"].isfinite().all() and gradients["logp"].any()
+    assert value.isfinite() and all(g.isfinite().all() for g in gradients.values())
+    assert any(g.any() for g in gradients.values())
 
 
 def test_moving_reference_by_yaml(tmp_path):

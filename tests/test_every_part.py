@@ -18,13 +18,16 @@ HOMES = {f"{slot}.{name}": (slot, name) for slot in SLOTS for name in importlib.
 EVERY = pytest.mark.parametrize("key", HOMES)
 
 REQUIRED = {"shifted": dict(gamma=0.3), "squared": dict(goal=0.7), "squared_goal": dict(goal=0.7),
-            "smooth": dict(label_smoothing=0.2), "unflip": dict(flip=0.2)}
+            "smooth": dict(label_smoothing=0.2), "unflip": dict(flip=0.2), "Thresholds": dict(levels=6)}
 PAIRS = {"match_margins", "match_scores"}                     # groups of two
 B, K, T, D, L = 3, 4, 6, 5, 2                                 # all different, so that an axis is known by its size
-CARRIES_GRADIENT = {"logp", "score", "margin", "token_kl", "reward_mask", "kl_mask", "last_state"}
-TOKENS = {"logp", "logp_ref", "logp_old", "collision", "token_kl", "activation_mask", "reward_mask", "kl_mask", "states_ref"}
-SLOTTED = {"score", "relevance", "reward", "mismatched", "position", "transported", "wins"}
-SURROGATE = {"online_kl", "aot_unpaired"}                     # the value is not what is differentiated, by definition
+CARRIES_GRADIENT = {"logp", "score", "margin", "token_kl", "reward_mask", "kl_mask", "last_state", "outputs", "prompt_state",
+                    "token_reward", "embedding", "gate", "grade_logits"}
+TOKENS = {"logp", "logp_ref", "logp_old", "collision", "token_kl", "activation_mask", "reward_mask", "kl_mask", "states_ref",
+          "token_reward", "step_label"}
+SLOTTED = {"score", "relevance", "reward", "mismatched", "position", "transported", "wins", "rewards",
+           "grade_logits"}
+SURROGATE = {"online_kl", "aot_unpaired", "linearised"}                   # the value is not what is differentiated, by definition
 
 
 def every(condition):
@@ -42,7 +45,7 @@ def part_of(key: str):
     if not inspect.isclass(part):
         given = REQUIRED.get(name, {})
         return (lambda *x: part(*x, **given)), part
-    made = part()
+    made = part(**REQUIRED.get(name, {}))
     if isinstance(made, torch.nn.Module):
         torch.manual_seed(0)
         made.setup(layers=L, width=D)
@@ -72,6 +75,8 @@ def inputs(key: str, *, seed=0, dtype=torch.float64, b=B, k=K, t=T, full=False) 
     square = (b, k, k)
     wins = torch.rand(square, generator=g, dtype=torch.float64)
     score = 2 * uniform() - 1
+    if HOMES[key][1] == "ordinal":
+        relevance = (relevance * max(k - 1, 1)).round()
     made = {
         "logp": -3 * uniform(t) - 0.1, "logp_ref": -3 * uniform(t) - 0.1, "logp_old": -3 * uniform(t) - 0.1, "mask": mask,
         "collision": -2 * uniform(t), "token_kl": uniform(t), "activation_mask": uniform(t), "reward_mask": uniform(t) + 0.1,
@@ -81,7 +86,11 @@ def inputs(key: str, *, seed=0, dtype=torch.float64, b=B, k=K, t=T, full=False) 
         "transported": uniform()[..., :1].expand(lead) if len(lead) > 1 else None, "position": (6 * uniform()).long() + 1,
         "wins": torch.where(wins < 0.2, math.nan, wins), "contrast": (3 * uniform()).long() - 1,
         "online": uniform() < 0.6, "rationale": uniform() < 0.6, "degree": (4 * uniform()).long() - 1,
-        "shared_length": (t * uniform()).long(), "terms": (torch.rand(square, generator=g) < 0.6).double()}
+        "shared_length": (t * uniform()).long(), "terms": (torch.rand(square, generator=g) < 0.6).double(),
+        "labels": wins, "outputs": 2 * uniform(D) - 1, "prompt_state": uniform(D), "token_reward": 2 * uniform(t) - 1,
+        "step_label": torch.where(uniform(t) < 0.5, math.nan, (uniform(t) < 0.5).double()), "embedding": 2 * uniform(6) - 1,
+        "gate": uniform(3), "grade_logits": 2 * uniform(D) - 1, "tangent": uniform(2),
+        "rewards": torch.where(uniform(D) < 0.3, math.nan, uniform(D))}
     read = columns_read(part_of(key)[1])
     return [x.to(dtype) if x.is_floating_point() and name != "terms" else x for name, x in
             ((name, made[name]) for name in read)]
@@ -152,7 +161,8 @@ def test_pure(key):
 def test_dtype_kept(key, dtype):
     values = inputs(key, dtype=dtype)
     out = call(key, values)
-    double = {"group_mean", "group_sum", "term_mean", "ordered", "TokenMask", "DegreeHead"}   # weights, and our own modules
+    double = {"group_mean", "group_sum", "term_mean", "ordered", "TokenMask", "DegreeHead", "EigenvalueGate", "Thresholds",
+              "tied"}                                         # weights, and our own modules
     if any(v.dtype == dtype for v in values) and out.is_floating_point():
         assert out.dtype == (torch.float64 if HOMES[key][1] in double else dtype)
 

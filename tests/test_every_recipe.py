@@ -38,7 +38,7 @@ def test_padding(name, left, right):
     columns = columns_for(name)
     tokens = columns["mask"].shape[1]
     holes = ~columns["mask"]
-    junk = dict(zip(TOKEN_COLUMNS, [math.nan, math.inf, -math.inf, math.nan, math.inf, math.nan, math.inf], strict=True))
+    junk = dict(zip(TOKEN_COLUMNS, [math.nan, math.inf, -math.inf] * 3, strict=True))
 
     def pad(key, x):
         if key not in (*TOKEN_COLUMNS, "mask"):
@@ -53,7 +53,7 @@ def test_padding(name, left, right):
     value_padded, padded = outcome(objective_for(name), {k: pad(k, v) for k, v in columns.items()})
     close(value_padded, value)
     for key, gradient in gradients.items():
-        if key in ("logp", "token_kl"):
+        if key in ("logp", "token_kl", "token_reward"):
             assert not padded[key][:, :left].any() and not padded[key][:, left + tokens:].any()
             padded[key] = padded[key][:, left:left + tokens]
         close(padded[key], gradient)
@@ -288,7 +288,9 @@ def bandit(name, theta, reward):
             "position": torch.arange(n) % size + 1, "states_ref": torch.ones(n, 1, 2, 3).double(),
             "last_state": torch.zeros(n, 3).double(), "rationale": torch.zeros(n).bool(), "online": torch.zeros(n).bool(),
             "level": torch.zeros(n).long(), "contrast": torch.zeros(n).long(), "degree": -torch.ones(n).long(),
-            "side": -torch.ones(n).long()}
+            "side": -torch.ones(n).long(), "token_reward": theta[arms][:, None], "step_label": relevance[:, None],
+            "outputs": torch.stack([theta[arms], one[:, 0]] * 2, 1), "rewards": reward[arms][:, None].expand(n, 4),
+            "prompt_state": torch.zeros(n, 3).double()}
 
 
 @EVERY
@@ -316,8 +318,11 @@ REJECTED = {                                                  # besides text, wh
     "bias": [0.0, 1.5], "delta": [0.0], "scale": [0.0], "factor": [0.0], "weight": [-0.1], "bc": [-0.1], "sft": [-0.1],
     "eta": [-0.1], "kl": [-0.1], "kappa": [-0.1], "intra": [-1.0], "inter": [-1.0], "desirable": [-1.0],
     "undesirable": [-1.0],
-    "l1_reward": [-0.1], "l1_kl": [-0.1], "dropout": [1.5], "every": [0], "degrees": [0]}
+    "l1_reward": [-0.1], "l1_kl": [-0.1], "dropout": [1.5], "every": [0], "degrees": [0], "target": [-0.1],
+    "centring": [-0.1], "nu": [0.0], "levels": [1, 2.0], "tie": [-0.1], "entropy": [-0.1], "least": [0.0], "dim": [0, 3, 2.0],
+    "aspects": [0, True], "amplification": [0.0], "smooth": [0.0]}
 OWN = {("exo", "label_smoothing"): [0.0], ("ld_dpo", "alpha"): [-0.1, 1.1], ("tr_dpo", "alpha"): [0.0, 1.1],
+       ("dice", "alpha"): [-0.1], ("love", "desirable"): [0.0], ("love", "undesirable"): [0.0],
        ("cpl", "alpha"): [0.0], ("cpl_kl", "alpha"): [0.0], ("rpo_mean", "alpha"): [-1.0], ("rso", "gamma"): [0.0],
        ("rso_hinge", "gamma"): [0.0], ("rso_hinge_norm", "gamma"): [0.0], ("rationale", "gamma"): [-1.0],
        ("rationale_released", "gamma"): [-1.0], ("spo_degree", "gamma"): [-1.0]}

@@ -323,6 +323,114 @@ def alpha_score(r, i, alpha):
     return (torch.exp((alpha - 1) * r.rho(i)) - 1) / (alpha - 1)
 
 
+# ------------------------------------------------------------------------------------------- reward models
+def output(r, i, k=0):
+    return r.c["outputs"][i][k]
+
+
+def bradley_terry(r, label_smoothing, target, centring):
+    def one(w, j):
+        gap = output(r, w) - output(r, j) - target * (r.psi[w] - r.psi[j])
+        return smoothed(gap, label_smoothing) + centring * (output(r, w) + output(r, j)) ** 2
+    return r.pair_mean(one)
+
+
+def with_ties(r, modules, nu):
+    nu, means = torch.exp(modules[0].log_nu), []
+    for group in r.groups.values():
+        losses = []
+        for a, i in enumerate(group):
+            for j in group[:a]:
+                s_i, s_j = output(r, i), output(r, j)
+                shares = torch.exp(s_i), torch.exp(s_j), nu * torch.exp((s_i + s_j) / 2)
+                happened = 2 if r.psi[i] == r.psi[j] else 0 if r.psi[i] > r.psi[j] else 1
+                losses.append(-torch.log(shares[happened] / sum(shares)))
+        if losses:
+            means.append(sum(losses) / len(losses))
+    return sum(means) / len(means)
+
+
+def ordinal(r, modules, levels, tie):
+    def one(i):
+        reached = [1, *(sigma(output(r, i, k) - modules[0].thresholds[k]) for k in range(levels - 1)), 0]
+        y = int(r.psi[i])
+        kept = reached[y] - reached[y + 1]
+        if kept <= 0:                                         # crossed
+            kept = reached[y] * (1 - reached[y + 1]) * -math.expm1(-1e-6)
+        return -torch.log(kept) + tie * sum(abs(output(r, i, k) - output(r, i, k - 1)) for k in range(1, levels - 1))
+    return r.row_mean(one)
+
+
+def gaussian(r, entropy, least):
+    s = lambda i: torch.exp(output(r, i, 1))
+    link = lambda w, j: torch.sqrt(1 + math.pi * (s(w) ** 2 + s(j) ** 2) / 8)
+    entropy_of = lambda s: 0.5 * torch.log(2 * math.pi * math.e * s ** 2)
+    floor = r.row_mean(lambda i: torch.relu(entropy_of(least + ZERO) - entropy_of(s(i))))
+    return r.pair_mean(lambda w, j: -ls((output(r, w) - output(r, j)) / link(w, j))) + entropy * floor
+
+
+def general_preference(r, dim, tau, modules=()):
+    def gates(i):
+        if not modules:
+            return [1.0] * (dim // 2)
+        logits = [sum(row * r.c["prompt_state"][i]) / math.sqrt(3) for row in modules[0].weight]
+        return [dim // 2 * torch.exp(x) / sum(torch.exp(y) for y in logits) for x in logits]
+
+    def embedding(i):
+        v = r.c["outputs"][i]
+        return v / torch.sqrt(sum(v ** 2))
+
+    def one(w, j):
+        v, u, total = embedding(w), embedding(j), ZERO
+        for k, (g, h) in enumerate(zip(gates(w), gates(j), strict=True)):
+            total = total + g * v[2 * k] * u[2 * k + 1] - h * v[2 * k + 1] * u[2 * k]
+        return -ls(total / tau)
+    return r.pair_mean(one)
+
+
+def multi_objective(r, aspects):
+    total, labels = ZERO, r.c["rewards"].tolist()
+    for k in range(aspects):
+        rows = [i for i in range(len(r.psi)) if not math.isnan(labels[i][k])]
+        total = total + sum((output(r, i, k) - labels[i][k]) ** 2 for i in rows) / len(rows)
+    return total
+
+
+def multi_preference(r, aspects):
+    total, labels = ZERO, r.c["rewards"].tolist()
+    for k in range(aspects):
+        means = []
+        for group in r.groups.values():
+            losses = [-ls(output(r, w, k) - output(r, j, k)) for w in group for j in group if labels[w][k] > labels[j][k]]
+            means += [sum(losses) / len(losses)] if losses else []
+        total = total + sum(means) / len(means)
+    return total
+
+
+def process(r):
+    losses = [-a * ls(v) - (1 - a) * ls(-v) for i in range(len(r.psi)) for v, a in
+              zip(r.tokens(i, "token_reward"), map(float, r.tokens(i, "step_label")), strict=True) if not math.isnan(a)]
+    return sum(losses) / len(losses)
+
+
+def cross_entropy(r, score, desirable=1.0, undesirable=1.0):
+    return r.row_mean(lambda i: -desirable * r.psi[i] * ls(score(i)) - undesirable * (1 - r.psi[i]) * ls(-score(i)))
+
+
+def anyloss(r, amplification, beta):
+    tp, fn, fp = ZERO, ZERO, ZERO
+    for i, y in enumerate(r.psi):
+        a = sigma(amplification * (sigma(output(r, i)) - 0.5))
+        tp, fn, fp = tp + y * a, fn + y * (1 - a), fp + (1 - y) * a
+    return 1 - (1 + beta ** 2) * tp / ((1 + beta ** 2) * tp + beta ** 2 * fn + fp)
+
+
+def dice(r, alpha, smooth):
+    p = [sigma(output(r, i)) for i in range(len(r.psi))]
+    q = [(1 - x) ** alpha * x for x in p]
+    return 1 - (2 * sum(x * y for x, y in zip(q, r.psi, strict=True)) + smooth) / (sum(q) + sum(r.psi) + smooth)
+
+
 ORACLES = {
     "dpo": logistic(Rows.rho),
     "dpo_forward_kl": logistic(lambda r, i: 1 - torch.exp(-r.rho(i))),
@@ -366,6 +474,15 @@ ORACLES = {
     "rationale_released": rationale_released, "mapl": mapl, "spo_degree": degree, "sparsepo": sparsepo,
     "sparsepo_independent": sparsepo,
     "tdpo": lambda r, beta: masked_pair(r, beta, lambda i, t: 1, lambda i, t: 1),
+    "bradley_terry": bradley_terry, "bt_ties": with_ties, "ordinal": ordinal, "gaussian": gaussian,
+    "bt_list": lambda r: r.group_mean(lambda g: list_mle([r.psi[i] for i in g], [output(r, i) for i in g])),
+    "general_preference": general_preference, "gpm_gated": general_preference, "multi_objective": multi_objective,
+    "multi_preference": multi_preference, "process": process, "anyloss": anyloss, "dice": dice,
+    "outcome": lambda r: cross_entropy(r, lambda i: output(r, i)),
+    "love": lambda r, **weights: cross_entropy(r, lambda i: output(r, i), **weights),
+    "implicit_ce": lambda r, beta: cross_entropy(r, lambda i: beta * r.rho(i)),
+    "implicit_dpo": dpo, "implicit_kto": kto,
+    "implicit_nca": of_pair(lambda w, j, beta: -ls(beta * w) - 0.5 * ls(-beta * w) - 0.5 * ls(-beta * j)),
     "mapo": lambda r, beta: masked_pair(r, beta, *[lambda i, t: r.c["activation_mask"][i, t]] * 2),
 }
 

@@ -58,15 +58,36 @@ from prefopt.recipes.pairs import (
     tr_dpo,
     wpo,
 )
+from prefopt.recipes.reward_models import (
+    anyloss,
+    bradley_terry,
+    bt_list,
+    bt_ties,
+    dice,
+    gaussian,
+    general_preference,
+    gpm_gated,
+    implicit_ce,
+    implicit_dpo,
+    implicit_kto,
+    implicit_nca,
+    love,
+    multi_objective,
+    multi_preference,
+    ordinal,
+    outcome,
+    process,
+)
 from prefopt.recipes.unpaired import aot_unpaired, apo_zero, bco, bco_pair, kto, nca, sppo_hard
 
-__all__ = ["aot", "aot_unpaired", "apo_down", "apo_zero", "bco", "bco_pair", "cpl", "cpl_kl", "discopop", "dpo",
-           "dpo_alpha", "dpo_forward_kl", "dpo_gamma", "dpo_js", "dpo_norm", "exo", "hinge", "hypo", "hypo_optimistic",
-           "ipo", "ipo_summed", "irpo_ranking", "kto", "ld_dpo", "lipo", "lipo_hinge", "lipo_lambda", "lipo_list_mle",
-           "lipo_point_mse", "lipo_point_sigmoid", "lipo_softmax", "list_net", "mapl", "mapo", "nca", "orpo",
-           "rationale", "rationale_released", "rdpo", "rpo", "rpo_mean", "rso", "rso_hinge", "rso_hinge_norm", "simpo",
-           "slic", "smpo", "sparsepo", "sparsepo_independent", "spo_degree", "sppo_hard", "tdpo", "tr_dpo", "trpa",
-           "wpo"]
+__all__ = ["anyloss", "aot", "aot_unpaired", "apo_down", "apo_zero", "bco", "bco_pair", "bradley_terry", "bt_list", "bt_ties",
+           "cpl", "cpl_kl", "dice", "discopop", "dpo", "dpo_alpha", "dpo_forward_kl", "dpo_gamma", "dpo_js", "dpo_norm", "exo",
+           "gaussian", "general_preference", "gpm_gated", "hinge", "hypo", "hypo_optimistic", "implicit_ce", "implicit_dpo",
+           "implicit_kto", "implicit_nca", "ipo", "ipo_summed", "irpo_ranking", "kto", "ld_dpo", "lipo", "lipo_hinge",
+           "lipo_lambda", "lipo_list_mle", "lipo_point_mse", "lipo_point_sigmoid", "lipo_softmax", "list_net", "love", "mapl",
+           "mapo", "multi_objective", "multi_preference", "nca", "ordinal", "orpo", "outcome", "process", "rationale",
+           "rationale_released", "rdpo", "rpo", "rpo_mean", "rso", "rso_hinge", "rso_hinge_norm", "simpo", "slic", "smpo",
+           "sparsepo", "sparsepo_independent", "spo_degree", "sppo_hard", "tdpo", "tr_dpo", "trpa", "wpo"]
 
 
 def find(name: str) -> Callable:

@@ -32,3 +32,9 @@ def share(**values) -> None:
     for name, value in values.items():
         if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
             raise ValueError(f"{name} must be in [0, 1], found {value!r}")
+
+
+def count(least: int, **values) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, found {value!r}")

@@ -1,0 +1,218 @@
+"""Trained reward models as rewards: any folder that `prefopt train` wrote for a reward recipe, or a sequence classifier.
+
+What a score is comes from the recipe the model was trained as (prefopt.json beside the weights): the objective's own score
+or margin, computed by the same forward pass as in training.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_tools.batch import Batch
+from data_tools.collate import Counts, EncodedGroup, encode, pad, pad_token
+from data_tools.encoding import Encoding
+from data_tools.fields import PLACE
+from data_tools.records import Group, Response
+from prefopt.checkpoints import read_parts
+from prefopt.config import assemble
+from prefopt.findings import exists
+from prefopt.folder import content
+from prefopt.forward import fill, forward, frozen_models
+from prefopt.models import Models, head_of, load_policy, load_tokenizer, prepare_padding
+from prefopt.parts import needs
+from rewards.base import Row, ScoringError
+
+__all__ = ["Trained", "TrainedComparison", "TrainedReward", "load"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the objective it was trained for. `tokens` is the budget of a batch, padding included."""
+    name: str
+    folder: Path
+    objective: object
+    models: Models
+    encoding: Encoding
+    tokens: int = 16384
+
+    def settings(self) -> dict:
+        return {"weights": self.fingerprint, "encoding": repr(self.encoding), "recipe": repr(self.objective.score)}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return content(str(self.folder)).rsplit(":", 1)[1]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.models.policy.parameters()).device
+
+    def encoded(self, groups: Sequence[Group]) -> tuple[dict[int, EncodedGroup], Counts]:
+        """Encoded groups by their number; those that cannot be encoded are missing, and the counts say why."""
+        counts = Counts()
+        numbered = [replace(g, meta={**g.meta, PLACE: str(n)}, relevance=None, wins=None) for n, g in enumerate(groups)]
+        return {int(e.place): e for e in encode(numbered, self.models.tokenizer, self.encoding, counts=counts)}, counts
+
+    def batches(self, encoded: dict[int, EncodedGroup]) -> Iterator[tuple[list[int], Batch]]:
+        """Groups of like length together, so that hardly anything is padding; the longest come first."""
+        def widest(n: int) -> int:
+            group = encoded[n]
+            return max(len(group.prompt if r.prompt is None else r.prompt) + len(r.tokens) for r in group.rows)
+
+        pending: list[int] = []
+        rows = width = 0
+        for n in sorted(encoded, key=widest, reverse=True):
+            size = len(encoded[n].rows)
+            if pending and (rows + size) * width > self.tokens:
+                yield pending, self.padded(pending, encoded)
+                pending, rows = [], 0
+            width = width if pending else widest(n)
+            pending.append(n)
+            rows += size
+        if pending:
+            yield pending, self.padded(pending, encoded)
+
+    def padded(self, numbers: list[int], encoded: dict[int, EncodedGroup]) -> Batch:
+        return pad([encoded[n] for n in numbers], pad_id=pad_token(self.models.tokenizer)).to(self.device)
+
+    @torch.no_grad()
+    def seen(self, batch: Batch, reads: set[str]) -> Batch:
+        """The batch with the columns of models that `reads` names."""
+        return forward(self.models, fill(self.models, batch, reads), reads)
+
+    def part(self, batch: Batch, name: str) -> Tensor:
+        """A column that the objective makes: score (N) or margin (B, K, K)."""
+        made = self.objective.made()
+        rows, groups = self.objective.columns(self.seen(batch, needs([made[name]], made)), made)
+        return (rows if name == "score" else groups)[name]
+
+
+class TrainedReward(Trained):
+    """Grades responses one by one (a `Reward`)."""
+
+    def __call__(self, rows: Sequence[Row]) -> list[float | ScoringError]:
+        """The objective's score of each row; an error in the place of a row that cannot be encoded."""
+        encoded, counts = self.encoded([single(row) for row in rows])
+        lost = ScoringError("the response cannot be scored: " + "; ".join(counts.notes))
+        out: list[float | ScoringError] = [lost] * len(rows)
+        for numbers, batch in self.batches(encoded):
+            for n, value in zip(numbers, self.part(batch, "score").tolist(), strict=True):
+                out[n] = value
+        return out
+
+    def tokens_of(self, rows: Sequence[Row]) -> list[tuple[list[str], list[float]]]:
+        """For each row its response tokens as text and a reward for each.
+
+        beta log (pi / ref) of each token of an implicit reward, whose sum is the score; sigmoid of the head's output after
+        each token of a process reward model. Other reward models only grade whole responses: ValueError.
+        """
+        made = self.objective.made()
+        reads = needs([made["score"]], made) if "score" in made else set()
+        if not {"logp", "logp_ref"} <= reads and "token_reward" not in self.objective.reads():
+            raise ValueError(f"{self.name} grades whole responses: rewards of tokens need an implicit reward model (recipes "
+                             f"implicit_*, dpo and its relatives) or a process reward model (recipe process)")
+        encoded, counts = self.encoded([single(row) for row in rows])
+        if len(encoded) < len(rows):
+            raise ScoringError(f"{len(rows) - len(encoded)} responses cannot be scored: {counts}")
+        out: list = [None] * len(rows)
+        for numbers, batch in self.batches(encoded):
+            if "token_reward" in self.objective.reads():
+                values = self.seen(batch, {"token_reward"})["token_reward"].sigmoid()
+            else:
+                seen = self.seen(batch, reads)
+                scale = self.objective.score.keywords.get("beta", 1.0) if hasattr(self.objective.score, "keywords") else 1.0
+                values = scale * (seen["logp"] - seen["logp_ref"])
+            for i, n in enumerate(numbers):
+                inside = batch["mask"][i].bool()
+                words = [self.models.tokenizer.decode([t]) for t in batch["tokens"][i][inside].tolist()]
+                out[n] = (words, values[i][inside].tolist())
+        return out
+
+
+class TrainedComparison(Trained):
+    """Compares responses (a `Comparison`): P(i preferred to j) = sigmoid(margin_ij). Every response is read once."""
+
+    def compare(self, groups: Sequence[Group]) -> list[list[list[float | None]]]:
+        encoded, counts = self.encoded(groups)
+        if len(encoded) < len(groups):
+            raise ScoringError(f"{len(groups) - len(encoded)} of {len(groups)} groups cannot be compared: {counts}")
+        out: list = [None] * len(groups)
+        for numbers, batch in self.batches(encoded):
+            for n, table in zip(numbers, self.part(batch, "margin").sigmoid().tolist(), strict=True):
+                size = len(groups[n].responses)
+                out[n] = [row[:size] for row in table[:size]]
+        return out
+
+
+def single(row: Row) -> Group:
+    response = row.response
+    return Group(row.group.prompt, [Response(response.text, tokens=response.tokens, prompt=response.prompt,
+                                             meta={k: v for k, v in response.meta.items() if k in ("steps", "segments")})],
+                 meta={k: v for k, v in row.group.meta.items() if k == "tools"})
+
+
+def load(name: str, *, recipe: str | None = None, set: dict | None = None, reference: str | None = None,
+         dtype: str = "float32", tokens: int = 16384, device: str | None = None) -> TrainedReward | TrainedComparison:
+    """A reward from a run folder, a model folder or a hub id.
+
+    recipe, set   what it was trained as; left out: what prefopt.json says, else bradley_terry
+    reference     of an implicit reward; left out: the model that training started from
+
+    Raises ValueError for a folder that holds no reward model, or one whose reference is not known.
+    """
+    exists("reward model", name)
+    folder = Path(name) / "model" if (Path(name) / "model").is_dir() else Path(name)
+    card_file = folder / "prefopt.json"
+    card = json.loads(card_file.read_text(encoding="utf-8")) if card_file.exists() else {}
+    recipe = recipe or card.get("recipe") or "bradley_terry"
+    objective = assemble(recipe, (card.get("set") if set is None and recipe == card.get("recipe") else set) or {})
+    reads = objective.reads()
+    if not objective.outputs and not frozen_models(reads) and "last_state" not in reads:
+        raise ValueError(f"{name} was trained with {recipe!r}, which has no reward: a reward model has a head (recipes "
+                         f"bradley_terry, general_preference, ...) or a reference (implicit_ce, dpo, ...)")
+    check_head(folder, objective, recipe)
+    tokenizer = load_tokenizer(str(folder))
+    model = load_policy(str(folder), dtype=dtype, head=head_of(objective)).requires_grad_(False).eval()
+    if objective.outputs:
+        prepare_padding(tokenizer)
+        prepare_padding(tokenizer, model)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    other = None
+    if frozen_models(reads):
+        start = reference or card.get("reference") or card.get("start")
+        if not start:
+            raise ValueError(f"{recipe} rewards are log-ratios to a reference: say which model training started from "
+                             f"(reference)")
+        other = load_policy(start, dtype=dtype).requires_grad_(False).eval().to(device)
+    models = Models(model.to(device), other, tokenizer)
+    for module in objective.modules():
+        module.setup(layers=models.policy_model().layer_count, width=models.policy_model().width)
+        module.to(device).eval()
+    read_parts(folder, objective)
+    kind = TrainedReward if objective.score is not None else TrainedComparison
+    return kind(Path(name).name, folder, objective, models, Encoding(**flat(card.get("data", {}))), tokens)
+
+
+def flat(data: dict) -> dict:
+    return {**{k: v for k, v in data.items() if k != "encoding"}, **data.get("encoding", {})}
+
+
+def check_head(folder: Path, objective, recipe: str) -> None:
+    """An error where the folder's model does not end in the head of the recipe: loading would make one up at random."""
+    want, path = head_of(objective), folder / "config.json"
+    if not objective.outputs or not path.exists():            # a hub id, an adapter: their own checks follow
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    made = " ".join(config.get("architectures") or ["an unknown model"])
+    if not made.endswith(want.auto.removeprefix("AutoModel")):
+        raise ValueError(f"{folder} is not a reward model of recipe {recipe!r}: it holds {made}, and that needs a model "
+                         f"{want.auto.removeprefix('AutoModel')}. Train one with prefopt reward train, or name its recipe")
+    labels = len(config.get("id2label") or {0: "", 1: ""})
+    if labels != want.outputs:
+        raise ValueError(f"{folder} is not a reward model of recipe {recipe!r}: its head has {labels} outputs, and the "
+                         f"recipe {want.outputs}")
