@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from prefopt import __version__
 from prefopt.findings import TELLING, exists, sentence
+from rewards.cli import app as reward_app
 
 COLOURS = {"ok": "green", "missing": "dim", "warning": "yellow", "error": "red"}
 console, stderr = Console(highlight=False), Console(highlight=False, stderr=True)
@@ -48,6 +49,7 @@ app = typer.Typer(cls=Readable, no_args_is_help=True, rich_markup_mode="markdown
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown",
                        help="Check, convert and describe preference data.")
 app.add_typer(data_app, name="data")
+app.add_typer(reward_app, name="reward")
 
 
 def argument(metavar: str, text: str):
@@ -108,7 +110,7 @@ def train(
                                                           "stopped.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and unmet expectations only.")] = False,
 ):
-    """Train a policy.
+    """Train a policy or a reward model.
 
     The folder `out` gets the model, metrics.jsonl, the resolved run.yaml, what departs from the recipe, samples of what
     the model saw, and checkpoints if `train.save_every` is set. Ctrl-C finishes the step and saves a checkpoint.
@@ -120,6 +122,7 @@ def train(
         prefopt train run.yaml
         prefopt train run.yaml set.beta=0.5 train.lr=5e-7 out=runs/second
         prefopt train run.yaml set.ranking=hinge 'set.labels={unflip: {flip: 0.1}}'
+        prefopt train run.yaml recipe=bradley_terry out=runs/reward
         prefopt train run.yaml --resume
         torchrun --nproc_per_node 2 -m prefopt train run.yaml
     """
@@ -146,6 +149,9 @@ def train(
         stderr.print(Text(f"interrupted and saved at step {result.steps}; go on with: {again}"), soft_wrap=True)
         raise typer.Exit(130)
     raise typer.Exit(1 if result.failed else 0)
+
+
+reward_app.command("train")(train)                            # a reward model is a run like any other
 
 
 def finished(result, expect: dict[str, str]) -> None:

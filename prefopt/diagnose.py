@@ -166,7 +166,7 @@ def combined(sums: dict[str, float]) -> dict[str, float]:
         sides = [sums[f"length/correct_and_{side}"] / share for side, share in
                  (("longer", longer), ("shorter", 1 - longer)) if share > 1e-9]
         out["accuracy/length_controlled"] = sum(sides) / len(sides) if sides else 0.0
-    if not paired and "rows/desirable" in sums:
+    if not paired and "rows/score_desirable" in sums:
         share = sums["rows/desirable"]
         for name, part in (("desirable", share), ("undesirable", 1 - share)):
             if part > 1e-9:

@@ -262,7 +262,7 @@ def linearised(score, tangent) -> Rows:
     over rows has the value and the gradient of L.
 
     Gradient    d_i: exact for one update per step
-    Edge        -
+    Edge        goes with `term_mean`; weights of groups scale the slopes and do not enter the sums of L
     Relations   the tangents are those of `annotations.dice`, `anyloss_f`, ...
     Departs     -
     Reference   -

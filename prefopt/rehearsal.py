@@ -72,4 +72,5 @@ def example(labels: list[list[float]]) -> Batch:
     return Batch({"group": group, "relevance": relevance, "mask": torch.ones(len(group), 2), "reward": relevance,
                   "position": place, "level": zero.long(), "contrast": zero, "rationale": zero.bool(),
                   "degree": zero.long() - 1, "side": zero.long() - 1, "segment": torch.ones(len(group), 2),
-                  "step_label": relevance[:, None].expand(len(group), 2)})
+                  "step_label": relevance[:, None].expand(len(group), 2),
+                  "rewards": relevance[:, None].expand(len(group), 64)})             # more aspects than any head has

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import vstack
-from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
@@ -199,12 +198,16 @@ def bench(models: Mapping[str, Model], sets: Mapping[str, Iterable[Group]], *, t
     errors      how many wrong pairs of each model are shown
     seed        of the random baseline, the order in which comparisons see responses, and the bootstrap
     """
+    sets = {title: list(groups) for title, groups in sets.items()}
+    everything = [g for groups in sets.values() for g in groups]
+    check_keys("slices", slices, {key for g in everything for key in g.meta})
+    check_keys("paraphrase", [paraphrase] if paraphrase else [], {key for g in everything for key in g.meta})
+    check_keys("gold", [gold] if gold else [], {key for g in everything for r in g.responses for key in r.scores})
     named = {**baselines(train, seed=seed), **models}
     report = {"models": {name: facts(model) for name, model in named.items()}, "sets": {}, "overall": {}, "agreement": {},
               "settings": {"slices": list(slices), "gold": gold, "paraphrase": paraphrase, "swap": swap, "seed": seed}}
     margins, samples = defaultdict(list), defaultdict(list)
     for n, (title, groups) in enumerate(sets.items()):
-        groups = list(groups)
         pairs = metrics.labelled_pairs(groups)
         decided = pairs.label > 0.5
         if not decided.any():
@@ -233,6 +236,14 @@ def bench(models: Mapping[str, Model], sets: Mapping[str, Iterable[Group]], *, t
     return plain(report)
 
 
+def check_keys(what: str, keys: Iterable[str], known: set[str]) -> None:
+    """An error for a key that nothing in any set has."""
+    for key in keys:
+        if key not in known:
+            raise ValueError(f"{what} names {key!r}, which nothing in any set has{nearest(key, known)}; known: "
+                             f"{', '.join(sorted(known)) or 'none'}")
+
+
 def facts(model: Model) -> dict:
     if isinstance(model, str):
         return {"kind": "scores", "settings": {"key": model}}
@@ -258,13 +269,13 @@ def judged(groups, pairs, found: Verdicts, margin, texts, slices, gold, paraphra
            "length": metrics.length_bias(margin, pairs.label, texts["first"], texts["second"]),
            "style": metrics.style_control(margin, pairs.label, texts["style"]),
            "unscored": {"responses": int(sum(np.isnan(s).sum() for s in found.scores)), "reasons": found.reasons[:5]}}
-    lists = [(s, r) for g, s in zip(groups, found.scores, strict=True) if len(s) > 2 and (r := metrics.relevance_of(g))]
+    longer = [(g, s) for g, s in zip(groups, found.scores, strict=True) if len(s) > 2]
+    lists = [(s, grades) for g, s in longer if (grades := metrics.relevance_of(g))]
     if lists:
-        out["lists"] = metrics.ranking(*zip(*lists, strict=True))
-    pools = [(s, g) for s, g in ((s, gold_of(g, gold)) for g, s in zip(groups, found.scores, strict=True))
-             if g is not None and len(g) > 2]
+        out["lists"] = {**metrics.ranking(*zip(*lists, strict=True)), "ungraded": len(longer) - len(lists)}
+    pools = [(s, true) for g, s in longer if (true := gold_of(g, gold))]
     if pools:
-        out["best_of_n"] = metrics.over_optimisation(*zip(*pools, strict=True))
+        out["best_of_n"] = {**metrics.over_optimisation(*zip(*pools, strict=True)), "ungraded": len(longer) - len(pools)}
     if found.order and any(len(m) > 2 for m in found.margins):
         out["cycles"] = metrics.cyclic_triples(found.margins)
     if found.order and found.order.reverse:
@@ -300,7 +311,8 @@ def reworded(groups: Sequence[Group], margins: Sequence[np.ndarray], key: str) -
 
 
 def rewardbench(groups: Sequence[Group], pairs: metrics.Pairs, found: Verdicts, margin: np.ndarray) -> dict | None:
-    """The protocol that the subsets belong to, if they do: comparisons get half (a quarter) where they cannot decide."""
+    """The protocol that the subsets belong to, if they do. A comparison gets half (a quarter) where it cannot decide, and its
+    mean P(i preferred to j) stands for the ratings of Ties."""
     subsets = [str(g.meta.get("subset")).lower() for g in groups]
     if set(subsets) <= {s.lower() for s in SUBSETS} and np.array_equal(pairs.group, range(len(groups))):
         return {"version": 1, **v1(subsets, margin, np.zeros(len(margin)), undecided=0.5 if found.order else 0.0)}
@@ -331,7 +343,6 @@ def shown(groups, pairs, found: Mapping[str, Verdicts], margin: Mapping[str, np.
         out.append({"place": group.meta.get("place", f"group {n + 1}"), "prompt": clip(user_text(group.prompt)),
                     "chosen": clip(final_text(group.responses[i].text)), "rejected": clip(final_text(group.responses[j].text)),
                     "label": pairs.label[row], "margin": margin[name][row],
-                    "confidence": expit(-margin[name][row]),
                     "scores": [found[name].scores[n][i], found[name].scores[n][j]],
                     "also_wrong": [other for other, m in margin.items() if other != name and m[row] <= 0]})
     return out

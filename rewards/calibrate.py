@@ -42,13 +42,14 @@ def temperature(scores: Sequence[float], labels: Sequence[float]) -> dict:
     from scipy.special import expit
     x, y = checked(scores, labels)
     size = np.abs(x).max()
-    slope = lambda b: float((x / size * (expit(b * x / size) - y)).sum()) if size else 0.0       # of the log-loss in b = size/T
-    high = 1.0
-    while slope(high) < 0 and high < 1e6:
-        high *= 2
-    if not size or slope(0.0) >= 0 or slope(high) < 0:
-        why = "rise against the labels or tell nothing" if not size or slope(0.0) >= 0 else "separate the labels"
+    slope = lambda b: float((x / size * (expit(b * x / size) - y)).sum())                        # of the log-loss in b = size/T
+    why = "tell nothing" if not size else "rise against the labels" if slope(0.0) >= 0 else \
+        "separate the labels" if (x * (2 * y - 1) == np.abs(x)).all() else ""
+    if why:
         raise ValueError(f"no temperature fits: the {x.size} scores {why}. Calibrate on other or more data")
+    high = 1.0
+    while slope(high) < 0:
+        high *= 2
     return {"temperature": float(size / brentq(slope, 0.0, high, xtol=1e-14))}
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from data_tools.columns import nearest
 from data_tools.records import Group
+from prefopt.parts import checked
 from rewards.base import Reward, Row, ScoringError, as_reward, rows_of, values_of
 
 __all__ = ["Combined", "constants", "ensemble", "load", "lower_bound", "mean", "minimum", "product", "save", "standardised",
@@ -234,8 +235,8 @@ def tiers(*, parts: Mapping[str, object], weights: Mapping[str, float], steps: M
 WAYS = {"mean": mean, "minimum": minimum, "lower_bound": lower_bound, "product": product}
 
 
-def ensemble(*, parts: Mapping[str, object], by: str = "mean", **settings) -> Reward:
-    """Members of an ensemble, or factors, by `mean`, `minimum`, `lower_bound` (with k) or `product`."""
+def ensemble(*, parts: Mapping[str, object], by: str = "mean", k: float | None = None) -> Reward:
+    """Members of an ensemble, or factors, by `mean`, `minimum`, `lower_bound` (its k) or `product`."""
     if by not in WAYS:
         raise ValueError(f"an ensemble is combined by one of {', '.join(WAYS)}, found {by!r}{nearest(by, WAYS)}")
-    return Combined(named(parts), partial(WAYS[by], **settings) if settings else WAYS[by])
+    return Combined(named(parts), WAYS[by] if k is None else partial(WAYS[by], **checked(by, WAYS[by], {"k": k})))

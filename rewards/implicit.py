@@ -97,7 +97,7 @@ def regex(pattern: str) -> Splitter:
     return split
 
 
-newline, blank_line, sentence = regex(r"\n"), regex(r"\n[ \t]*\n"), regex(r"[.!?](?:\s+|$)")
+newline, blank_line, sentence = regex(r"\n"), regex(r"\n\s*\n"), regex(r"[.!?](?:\s+|$)")
 
 
 def step_ends(text: str, splitter: Splitter, spans: Sequence[tuple[int, int]]) -> list[int]:

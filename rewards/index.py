@@ -1,13 +1,16 @@
 """Every reward by name: where it lives, and how a name with arguments becomes a reward.
 
 Three kinds of thing are named: a function of one row, a class of rewards, and a function that builds a reward from plain
-settings. What a function is can be read from what it says it returns: `-> Reward` or `-> Comparison` builds one.
+settings. What a function is can be read from what it says it returns: `-> Reward` or `-> Comparison` builds one. A folder
+is a trained reward model.
 """
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 from data_tools.columns import nearest
 from prefopt import parts
@@ -15,8 +18,12 @@ from prefopt import parts
 __all__ = ["WHERE", "describe", "find"]
 
 WHERE = {
+    "trained": "rewards.trained:load",
     "final_answer": "rewards.verifiable:final_answer", "math_equal": "rewards.verifiable:math_equal",
-    "choice": "rewards.verifiable:choice", "unit_tests": "rewards.verifiable:unit_tests",
+    "choice": "rewards.verifiable:choice", "choice_share": "rewards.verifiable:choice_share",
+    "has_boxed": "rewards.verifiable:has_boxed", "tags_once": "rewards.verifiable:tags_once",
+    "is_json": "rewards.verifiable:is_json", "is_tool_call": "rewards.verifiable:is_tool_call",
+    "unit_tests": "rewards.verifiable:unit_tests", "passed_share": "rewards.verifiable:passed_share",
     "bleu": "rewards.overlap:bleu", "rouge_1": "rewards.overlap:rouge_1", "rouge_2": "rewards.overlap:rouge_2",
     "rouge_l": "rewards.overlap:rouge_l", "bleu_rouge": "rewards.overlap:bleu_rouge", "chrf": "rewards.overlap:chrf",
     "r3": "rewards.relevance:R3", "apc": "rewards.persona:APC",
@@ -27,7 +34,7 @@ WHERE = {
 
 
 def find(spec: object) -> Callable:
-    """A reward, comparison or row function from 'name', 'module:attribute', or {one of these: {argument: value}}.
+    """A reward, comparison or row function from 'name', 'module:attribute', a folder, or {one of these: {argument: value}}.
 
     >>> find({"bleu": {"smooth_from": None}}).keywords
     {'smooth_from': None}
@@ -38,6 +45,8 @@ def find(spec: object) -> Callable:
         name, arguments = spec, None
     if not isinstance(name, str) or not isinstance(arguments, (Mapping, type(None))):
         raise ValueError(f"a reward is written as 'name', 'module:name' or {{name: {{argument: value}}}}, found {spec!r}")
+    if name not in WHERE and Path(name).is_dir():
+        return find({"trained": {"name": name, **(arguments or {})}})
     if ":" not in name and name not in WHERE:
         raise ValueError(f"there is no reward {name!r}{nearest(name, WHERE)}; rewards: {', '.join(WHERE)}, or 'module:name'")
     thing = parts.find(WHERE.get(name, name), "")
@@ -71,8 +80,7 @@ def kind(thing: Callable) -> str:
     if inspect.isclass(thing):
         return "class"
     returns = inspect.get_annotations(thing).get("return", "") if inspect.isroutine(thing) else ""
-    returns = returns if isinstance(returns, str) else getattr(returns, "__name__", "")
-    return "builder" if returns in ("Reward", "Comparison") else "row function"
+    return "builder" if re.search(r"(Reward|Comparison)\b", str(returns)) else "row function"
 
 
 def signature(thing: Callable) -> dict[str, object]:

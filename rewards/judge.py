@@ -19,6 +19,7 @@ from itertools import combinations
 
 from data_tools.columns import nearest
 from data_tools.records import Group, Message
+from prefopt.parts import checked
 from rewards.base import Comparison, Reward, Row, ScoringError, Unreachable
 from rewards.web import post
 
@@ -120,14 +121,14 @@ def first_wins(logit_a: float, logit_b: float) -> float:
 
 # ------------------------------------------------------------------------------------------------- from orders to verdicts
 def swap_average(first: float, swapped: float) -> float:
-    """P(i preferred to j) from P(the first wins) in the orders (i, j) and (j, i): (p_ij + 1 - p_ji) / 2.
+    """P(i preferred to j) from P(the first wins) in the orders (i, j) and (j, i): 1/2 + (p_ij - p_ji) / 2.
 
     Relations   antisymmetric: exchanging the responses gives 1 - p; a judge that always answers A gives 1/2
 
     >>> swap_average(0.75, 0.25), swap_average(1.0, 1.0)
     (0.75, 0.5)
     """
-    return (1 + first - swapped) / 2
+    return 0.5 + (first - swapped) / 2
 
 
 def agreement(first: float, swapped: float) -> float:
@@ -211,7 +212,9 @@ def cyclic_triples(wins: Sequence[Sequence[float | None]]) -> tuple[int, int]:
 
 def diagnose(judge: PairJudge, groups: Sequence[Group]) -> dict:
     """Position bias, consistency, length bias (per 100 characters) and cyclic triples of a judge that sees both orders."""
-    asked = [(group, i, j) for group in groups for i, j in combinations(range(len(group.responses)), 2)]
+    if not judge.both_orders:
+        raise ValueError(f"judge {judge.name!r} sees one order of each pair, so its bias cannot be told: set both_orders=True")
+    asked = pairs_of(groups)
     orders = judge.orders(asked)
     known = [(pair, first, swapped) for pair, (first, swapped) in zip(asked, orders, strict=True)
              if first is not None and swapped is not None]
@@ -219,8 +222,7 @@ def diagnose(judge: PairJudge, groups: Sequence[Group]) -> dict:
         raise ScoringError(f"judge {judge.name!r} gave no verdict that could be read in both orders of any of {len(asked)} pairs")
     first, swapped = [f for _, f, _ in known], [s for _, _, s in known]
     texts = [(Row(g, g.responses[i]).text, Row(g, g.responses[j]).text) for (g, i, j), _, _ in known]
-    triples = [cyclic_triples(judge.matrix(group, [(i, j, *o) for (g, i, j), o in zip(asked, orders, strict=True) if g is group]))
-               for group in groups]
+    triples = [cyclic_triples(wins) for wins in judge.matrices(groups, orders)]
     total = sum(n for _, n in triples)
     return {"pairs": len(asked), "unread": len(asked) - len(known), "position_bias": position_bias(first, swapped),
             "consistency": consistency(first, swapped),
@@ -351,6 +353,7 @@ class PairJudge:
     both_orders off: one order each, drawn from `seed` and the texts, and turned back afterwards
     unread      the probability where a verdict cannot be read in an order that was asked; None (unknown) or 0.5
     limit       characters of the conversation and of each response that are shown, the beginning and the end
+    model       what tells this back end from others, such as `Endpoint.settings()`: caches go by it
 
     Edge        equal responses are exactly 0.5 and never asked
     Reference   Zheng et al., arXiv:2306.05685; allenai/reward-bench
@@ -363,16 +366,14 @@ class PairJudge:
     seed: int = 0
     unread: float | None = None
     limit: int | None = None
-    model: Mapping = field(default_factory=dict)              # the settings of the back end
+    model: Mapping = field(default_factory=dict)
 
     def settings(self) -> dict:
         return {"model": dict(self.model), "template": self.template, "combine": self.combine.__name__, "seed": self.seed,
                 "both_orders": self.both_orders, "unread": self.unread, "limit": self.limit}
 
     def compare(self, groups: Sequence[Group]) -> list[list[list[float | None]]]:
-        asked = [(g, i, j) for g in groups for i, j in combinations(range(len(g.responses)), 2)]
-        found = iter(self.orders(asked))
-        return [self.matrix(g, [(i, j, *next(found)) for i, j in combinations(range(len(g.responses)), 2)]) for g in groups]
+        return self.matrices(groups, self.orders(pairs_of(groups)))
 
     def orders(self, asked: Sequence[tuple[Group, int, int]]) -> list[tuple[float | None, float | None]]:
         """P(first wins) of each pair as (i, j) and as (j, i). With one order, the other is its mirror image."""
@@ -402,14 +403,23 @@ class PairJudge:
         rows = [Row(group, group.responses[n]) for n in (i, j)]
         return question(self.template, rows[0].messages, self.limit, a=rows[0].text, b=rows[1].text)
 
-    def matrix(self, group: Group, pairs: Sequence[tuple[int, int, float | None, float | None]]) -> list[list[float | None]]:
-        size = len(group.responses)
-        wins: list[list[float | None]] = [[0.5 if i == j else None for j in range(size)] for i in range(size)]
-        for i, j, first, swapped in pairs:
-            if first is not None and swapped is not None:
-                wins[i][j] = self.combine(first, swapped)
-                wins[j][i] = 1 - wins[i][j]
-        return wins
+    def matrices(self, groups: Sequence[Group], orders: Sequence[tuple]) -> list[list[list[float | None]]]:
+        """The wins of each group from what `orders` says of `pairs_of(groups)`."""
+        found, out = iter(orders), []
+        for group in groups:
+            size = range(len(group.responses))
+            wins: list[list[float | None]] = [[0.5 if i == j else None for j in size] for i in size]
+            for i, j in combinations(size, 2):
+                first, swapped = next(found)
+                if first is not None and swapped is not None:
+                    wins[i][j] = self.combine(first, swapped)
+                    wins[j][i] = 1 - wins[i][j]
+            out.append(wins)
+        return out
+
+
+def pairs_of(groups: Sequence[Group]) -> list[tuple[Group, int, int]]:
+    return [(group, i, j) for group in groups for i, j in combinations(range(len(group.responses)), 2)]
 
 
 def mirrored(p: float | None) -> float | None:
@@ -494,7 +504,7 @@ def judge(*, model: str, url: str | None = None, letters: bool = False, orders: 
         back = Letters(model, device=device)
         first, template = back, LETTER
     else:
-        back = Endpoint(url, model, **endpoint)
+        back = Endpoint(url, model, **checked("judge", Endpoint, endpoint))
         first, template = (back.letters, LETTER) if letters else \
             (verdicts(back, repeats=repeats, concurrency=back.concurrency), EXPLAINED)
     return PairJudge(first, template=template, combine=COMBINE[orders], both_orders=both_orders, unread=unread, limit=limit,
@@ -504,7 +514,7 @@ def judge(*, model: str, url: str | None = None, letters: bool = False, orders: 
 def rating(*, model: str, url: str, low: float = 1, high: float = 10, repeats: int = 1, limit: int | None = None,
            **endpoint) -> Reward:
     """A rating judge behind `url`; `endpoint` are further fields of `Endpoint`."""
-    back = Endpoint(url, model, **endpoint)
+    back = Endpoint(url, model, **checked("rating", Endpoint, endpoint))
     return RatingJudge(back, low=low, high=high, repeats=repeats, concurrency=back.concurrency, limit=limit,
                        model=back.settings())
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prefopt import annotations, listwise, margins, masks, pairwise, pointwise, regularisers
+from prefopt import annotations, listwise, margins, masks, pairwise, pointwise
 from prefopt.ops import upcast
 from rewards.clicks import dla, mnar, mnar_non_negative
 
@@ -40,8 +40,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
     chosen, rejected = upcast(chosen), upcast(rejected)
     gap = (chosen - rejected - margin) / tau
     loss = label * pairwise.logistic(gap) + (1 - label) * pairwise.logistic(-gap)
-    both = regularisers.centring(torch.stack([chosen, rejected], -1))[..., 0, 1]
-    return (loss + centring * both).mean()
+    return (loss + centring * (chosen + rejected) ** 2).mean()
 
 
 def plackett_luce(scores: Tensor, relevance: Tensor) -> Tensor:
@@ -75,37 +74,32 @@ def davidson(first: Tensor, second: Tensor, label: Tensor, *, nu: Tensor | float
     return (wins * pairwise.davidson(margin, wins, nu=nu)).sum((-1, -2)).mean()
 
 
-def _two(mean_chosen, log_spread_chosen, mean_rejected, log_spread_rejected):
-    return torch.stack([torch.stack([mean_chosen, log_spread_chosen], -1),
-                        torch.stack([mean_rejected, log_spread_rejected], -1)], -2)
-
-
-def gaussian(*means_and_log_spreads: Tensor) -> Tensor:
-    """Logistic loss of two uncertain rewards: mu_w, log s_w, mu_l, log s_l.
+def gaussian(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Logistic loss of uncertain rewards (B, 2): mu and log s of both responses.
 
     L = mean of -log sigmoid( (mu_w - mu_l) / sqrt(1 + pi (s_w^2 + s_l^2) / 8) )
 
     Edge        log s is clamped to [-5, 2]
     Reference   PEARL, Zero-shot Cross-task Preference Alignment
 
-    >>> gaussian(*torch.tensor([[1.], [-9.], [0.], [-9.]]))
+    >>> gaussian(torch.tensor([[1., -9.]]), torch.tensor([[0., -9.]]))
     tensor(0.3133)
     """
-    return pairwise.logistic(margins.gaussian(_two(*means_and_log_spreads))[..., 0, 1]).mean()
+    return pairwise.logistic(margins.gaussian(torch.stack([chosen, rejected], -2))[..., 0, 1]).mean()
 
 
-def probit(*means_and_log_spreads: Tensor) -> Tensor:
-    """Normal-link loss of two uncertain rewards: mu_w, log s_w, mu_l, log s_l.
+def probit(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Normal-link loss of uncertain rewards (B, 2): mu and log s of both responses.
 
     L = mean of -log Phi( (mu_w - mu_l) / sqrt(s_w^2 + s_l^2) )
 
     Edge        log s is clamped to [-5, 2]
     Reference   PEARL, Zero-shot Cross-task Preference Alignment
 
-    >>> probit(*torch.zeros(4, 1))
+    >>> probit(torch.zeros(1, 2), torch.zeros(1, 2))
     tensor(0.6931)
     """
-    return pairwise.probit(margins.gaussian_probit(_two(*means_and_log_spreads))[..., 0, 1]).mean()
+    return pairwise.probit(margins.gaussian_probit(torch.stack([chosen, rejected], -2))[..., 0, 1]).mean()
 
 
 # ------------------------------------------------------------------------------------------------- general preference

@@ -29,6 +29,7 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; } p { margin: .3rem 0 .8rem; max-
 caption { text-align: left; padding: .2rem 0; font-size: .9em; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 td, tbody th { white-space: nowrap; } th:first-child { text-align: left; } tbody th { font-weight: 600; }
+tbody th, th:first-child { position: sticky; left: 0; background: var(--paper); }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; font-weight: 600; max-width: 8rem; }
 td small { display: block; line-height: 1.2; } .warn { color: rgb(var(--bad)); }
 details > summary { cursor: pointer; } details.set { border-top: 1px solid var(--line); padding: .6rem 0; }
@@ -51,7 +52,8 @@ pre.chosen { border-left: 3px solid rgb(var(--good)); } pre.rejected { border-le
   border: 1px solid var(--line); border-radius: 4px; max-width: 20rem; }
 .filter .tick input { display: inline; } [hidden] { display: none !important; }
 @media print { body { max-width: none; padding: 0; font-size: 11px; } pre { max-height: none; overflow: visible; }
-  .filter { display: none; } figure, tr { break-inside: avoid; }
+  .scroll { overflow: visible; } table { font-size: 9px; } th, td { padding: .15rem .35rem; }
+  .filter { display: none; } figure, tr { break-inside: avoid; } @page { size: A4 landscape; margin: 12mm; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 HEAD = """<!doctype html>
@@ -307,7 +309,9 @@ def summary(report: Mapping, names: Sequence[str], mark: Callable[[str], Markup]
         whole, cells = report["overall"].get(name), [cell("-"), cell("")]
         if whole:
             low, high = whole["interval"]
-            cells = [cell(percent(whole["accuracy"]), f"{100 * low:.1f} to {100 * high:.1f}", style=tint(whole["accuracy"], 0.5)),
+            part = f"{whole['sets']} of {len(report['sets'])} sets" if whole["sets"] < len(report["sets"]) else ""
+            cells = [cell(percent(whole["accuracy"]), f"{100 * low:.1f} to {100 * high:.1f}", part,
+                          style=tint(whole["accuracy"], 0.5)),
                      cell(strip(whole["accuracy"], whole["interval"], colours[name]))]
         found = [s["models"][name]["accuracy"] for s in report["sets"].values()]
         rows.append((mark(name) + " " + name, [*cells, *(share_cell(f, tint(f["share"], 0.5)) for f in found)]))

@@ -59,18 +59,22 @@ class APC:
 
     entailment  pairs (statement, response) -> (contradicted, neutral, entailed) each; sums to 1
     relevance   pairs (statement, query) -> P(the query is about the statement) each
-    by          `delta_apc`, or `apc`
+    delta       `delta_apc` (on), or `apc`
 
-    Both models see all pairs of all rows at once. `PairClassifier` makes either of a transformers model.
+    Both models see all pairs of all rows at once; a name instead of a model loads a `PairClassifier`.
+
+    Edge        no statements: 0; a row without the field is an error
+    Departs     the authors' discriminators also read the character's name, and the query beside the response
+    Reference   Peng & Shang, arXiv:2405.07726
     """
     name = "apc"
 
     def __init__(self, entailment: Callable[[Pairs], Sequence] | str, relevance: Callable[[Pairs], Sequence] | str, *,
-                 by: Callable = delta_apc):
+                 delta: bool = True):
         self.entailment = PairClassifier(entailment, ("contradict", "neutral", "entail")) if isinstance(entailment, str) \
             else entailment
         self.relevance = PairClassifier(relevance, ("yes",)) if isinstance(relevance, str) else relevance
-        self.by = by
+        self.by = delta_apc if delta else apc
 
     def settings(self) -> dict:
         return {"by": self.by.__name__, **{k: getattr(m, "name", getattr(m, "__qualname__", type(m).__qualname__))

@@ -5,6 +5,7 @@ Aggregation over steps and choice among responses are those of `rewards.implicit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def on_tokens(rewards: Tensor, ends: Sequence[int], length: int, *, terminal: fl
     tensor([0.0000, 0.5000, 0.5000, 2.0000, 7.0000])
     """
     out = rewards.new_zeros(length)
-    for reward, start, end in zip(rewards, [0, *ends[:-1]], ends, strict=True):
+    for reward, (start, end) in zip(rewards, pairwise([0, *ends]), strict=True):
         share = min(over, end - start)
         out[end - share:end] += reward / share
     out[-1] += terminal

@@ -180,7 +180,7 @@ class R3:
 
     Edge        an empty response: 0 where open-ended; RP 1 and the relevance of the empty text where constrained
     Relations   a product, so each factor alone can be hacked and their product much less
-    Departs     the paper's encoder is Contriever, unnormalised, span 3.5
+    Departs     the paper's encoder is Contriever, unnormalised, span 3.5; the query here is the last user turn
     Reference   Kim & Seo, arXiv:2402.03469; naver-ai/rethinking-proxy-reward
 
     >>> from data_tools.records import Group, Response

@@ -1,7 +1,9 @@
 """RewardBench 1 and 2: subsets, weights and credit on tables of scores. No model needed.
 
-    groups = list(load("rewardbench2.jsonl", format=best_of))           # RewardBench 1 is read as format "pair"
-    v2([{"subset": g.meta["subset"], "id": g.meta["id"], "num_correct": ..., "scores": [...]} for g in groups])
+    load("rewardbench.jsonl")                                 # version 1: its records are pairs with a `subset`
+    load("rewardbench2.jsonl", format=best_of)                # version 2
+
+`rewards.bench` applies the protocol to every set whose subsets are those of RewardBench.
 """
 from __future__ import annotations
 

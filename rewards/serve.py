@@ -54,7 +54,7 @@ def answer(request: object, rewards: Mapping[str, Reward | Comparison], locks: M
     for name in names:
         with locks[name]:
             score(groups, {name: rewards[name]}, on_error=on_error)
-    return answered(groups, names, "groups" in body)
+    return answered(groups, {name: rewards[name] for name in names}, "groups" in body)
 
 
 def groups_asked(body: dict) -> list[Group]:
@@ -85,10 +85,11 @@ def numbered(record: object, n: int) -> Group:
     return found
 
 
-def answered(groups: Sequence[Group], names: Sequence[str], nested: bool) -> dict:
+def answered(groups: Sequence[Group], names: Mapping[str, Reward | Comparison], nested: bool) -> dict:
     lay = (lambda rows: rows) if nested else (lambda rows: [x for row in rows for x in row])
     out: dict = {"scores": {name: lay([[r.scores.get(name) for r in g.responses] for g in groups]) for name in names}}
-    wins = {name: [g.meta["wins"][name] for g in groups] for name in names if all(name in g.meta.get("wins", {}) for g in groups)}
+    wins = {name: [g.meta.get("wins", {}).get(name) for g in groups] for name, reward in names.items()
+            if hasattr(reward, "compare")}
     unscored = {name: lay([[r.meta.get("unscored", {}).get(name) for r in g.responses] for g in groups]) for name in names
                 if any(name in r.meta.get("unscored", {}) for g in groups for r in g.responses)}
     return {**out, **({"wins": wins} if wins else {}), **({"unscored": unscored} if unscored else {})}
@@ -251,9 +252,9 @@ class RemoteComparison(Remote):
 
     def compare(self, groups: Sequence[Group]) -> list:
         found = self.ask(groups)
-        if self.remote not in found.get("wins", {}):
-            reasons = sorted({w for g in found.get("unscored", {}).get(self.remote, []) for w in g if w})
-            raise ScoringError("; ".join(reasons) or f"{self.url} returned no wins for {self.remote!r}")
+        if None in found["wins"][self.remote]:
+            reasons = dict.fromkeys(why for group in found["unscored"][self.remote] for why in group if why)
+            raise ScoringError("; ".join(reasons))
         return found["wins"][self.remote]
 
 

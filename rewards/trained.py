@@ -27,22 +27,22 @@ from prefopt.forward import fill, forward, frozen_models
 from prefopt.models import Models, head_of, load_policy, load_tokenizer, prepare_padding
 from prefopt.parts import needs
 from rewards.base import Row, ScoringError
+from rewards.cached import by_length
 
 __all__ = ["Trained", "TrainedComparison", "TrainedReward", "load"]
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A model with the objective it was trained for. `tokens` is the budget of a batch, padding included."""
+class Reader:
+    """A model that reads responses. `tokens` is the budget of a batch, padding included."""
     name: str
     folder: Path
-    objective: object
     models: Models
     encoding: Encoding
     tokens: int = 16384
 
     def settings(self) -> dict:
-        return {"weights": self.fingerprint, "encoding": repr(self.encoding), "recipe": repr(self.objective.score)}
+        return {"weights": self.fingerprint, "encoding": repr(self.encoding)}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -60,25 +60,24 @@ class Trained:
 
     def batches(self, encoded: dict[int, EncodedGroup]) -> Iterator[tuple[list[int], Batch]]:
         """Groups of like length together, so that hardly anything is padding; the longest come first."""
-        def widest(n: int) -> int:
-            group = encoded[n]
-            return max(len(group.prompt if r.prompt is None else r.prompt) + len(r.tokens) for r in group.rows)
-
-        pending: list[int] = []
-        rows = width = 0
-        for n in sorted(encoded, key=widest, reverse=True):
-            size = len(encoded[n].rows)
-            if pending and (rows + size) * width > self.tokens:
-                yield pending, self.padded(pending, encoded)
-                pending, rows = [], 0
-            width = width if pending else widest(n)
-            pending.append(n)
-            rows += size
-        if pending:
-            yield pending, self.padded(pending, encoded)
+        numbers = list(encoded)
+        widths = [max(len(g.prompt if r.prompt is None else r.prompt) + len(r.tokens) for r in g.rows) for g in encoded.values()]
+        rows = max((len(g.rows) for g in encoded.values()), default=1)
+        for some in by_length(widths, self.tokens // rows):
+            chosen = [numbers[k] for k in some]
+            yield chosen, self.padded(chosen, encoded)
 
     def padded(self, numbers: list[int], encoded: dict[int, EncodedGroup]) -> Batch:
         return pad([encoded[n] for n in numbers], pad_id=pad_token(self.models.tokenizer)).to(self.device)
+
+
+@dataclass(frozen=True)
+class Trained(Reader):
+    """A model with the objective it was trained for."""
+    objective: object = None
+
+    def settings(self) -> dict:
+        return {**super().settings(), "recipe": repr(self.objective.score)}
 
     @torch.no_grad()
     def seen(self, batch: Batch, reads: set[str]) -> Batch:
@@ -94,6 +93,10 @@ class Trained:
 
 class TrainedReward(Trained):
     """Grades responses one by one (a `Reward`)."""
+
+    def reads(self) -> list[str]:
+        """The fields that decide a score, for caches."""
+        return ["messages", "text", "tools", "steps", "segments"]
 
     def __call__(self, rows: Sequence[Row]) -> list[float | ScoringError]:
         """The objective's score of each row; an error in the place of a row that cannot be encoded."""
@@ -195,7 +198,7 @@ def load(name: str, *, recipe: str | None = None, set: dict | None = None, refer
         module.to(device).eval()
     read_parts(folder, objective)
     kind = TrainedReward if objective.score is not None else TrainedComparison
-    return kind(Path(name).name, folder, objective, models, Encoding(**flat(card.get("data", {}))), tokens)
+    return kind(Path(name).name, folder, models, Encoding(**flat(card.get("data", {}))), tokens, objective)
 
 
 def flat(data: dict) -> dict:

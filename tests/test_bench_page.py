@@ -118,7 +118,7 @@ def test_scores_wins_and_stored_keys_go_one_way():
 def test_a_judge_with_a_favourite_place_gains_nothing_from_files_that_have_the_preferred_response_first():
     tied = [pair("same " * (k + 1), "same  " * (k + 1), f"q{k}") for k in range(300)]
     found = bench({"first": Judge(bias=5.0)}, {"ties": tied})["sets"]["ties"]["models"]["first"]
-    assert found["accuracy"]["share"] == pytest.approx(0.5, abs=0.1)
+    assert abs(found["accuracy"]["share"] - 0.5) < 3 * math.sqrt(0.25 / 300)            # it is a coin: three standard errors
     assert found["position"]["bias"] > 0.49 and found["position"]["consistency"]["share"] == 0
     assert abs(bench({"fair": Judge()}, {"a": plain_groups()})["sets"]["a"]["models"]["fair"]["position"]["bias"]) < 1e-9
 
@@ -171,6 +171,11 @@ def test_a_name_without_scores_and_a_set_without_labels_are_errors():
         bench({"mine": "x"}, {"a": plain_groups()})
     with pytest.raises(ValueError, match="the set 'a' has 1 groups and no pair with a preferred response"):
         bench({}, {"a": [Group("?", [Response("a"), Response("b")])]})
+    for settings in ({"slices": ["kinds"]}, {"paraphrase": "kinds"}):
+        with pytest.raises(ValueError, match="'kinds', which nothing in any set has, did you mean 'kind'"):
+            bench({}, {"a": plain_groups()}, **settings)
+    with pytest.raises(ValueError, match="gold names 'kind'"):
+        bench({}, {"a": plain_groups()}, gold="kind")
     with pytest.raises(ValueError, match="at least two preferred pairs"):
         tfidf_logistic([])
 
@@ -235,7 +240,8 @@ def test_real_sets_give_the_known_shares_of_longer_responses():
         "pandalm": "pandalm/testset_3annotators.jsonl.gz", "webgpt": "webgpt_graded/train.jsonl.gz"}.items()}
     report = bench({}, sets, slices=["cmp_key"], errors=2)
     longer = lambda name: report["sets"][name]["models"]["baseline: longer"]
-    assert longer("helpful")["accuracy"]["share"] == pytest.approx(0.569, abs=0.03)          # the data's own note says 56.9 %
+    known = 0.569                                              # the data's own note, on the 852 pairs that hold these 350
+    assert abs(longer("helpful")["accuracy"]["share"] - known) < 3 * math.sqrt(known * (1 - known) / 350)
     assert longer("llmbar")["accuracy"]["share"] < 0.4         # adversarial: the longer one is mostly the worse
     assert report["sets"]["webgpt"]["tied_labels"] == sum(g.relevance[0] == g.relevance[1] for g in sets["webgpt"])
     assert longer("pandalm")["length"]["longer_preferred"] == 1
@@ -278,6 +284,17 @@ def test_a_page_of_nothing_scored_still_opens(tmp_path):
     report = bench({"fails": fails}, {"a": plain_groups(3)})
     assert "fails" not in report["overall"]
     assert "3 unscored" in "".join(check_page(write(report, tmp_path)[1].read_text(), scripts=1).text)
+
+
+def test_the_overall_column_says_how_many_sets_it_is_over(tmp_path):
+    def fails_on_b(kind):
+        if kind == "b":
+            raise ValueError("no")
+        return 1.0
+
+    report = bench({"half": fails_on_b}, {k: [pair("good", "bad", kind=k)] for k in "ab"})
+    assert report["overall"]["half"]["sets"] == 1
+    assert "1 of 2 sets" in "".join(Page(write(report, tmp_path)[1].read_text()).text)
 
 
 def test_rewardbench_has_a_table(tmp_path):

@@ -226,7 +226,7 @@ def test_apc_as_a_reward():
                   meta={"statements": persona})
     score([group], [APC(rules, about)])
     assert [r.scores["apc"] for r in group.responses] == [1.0, 0.0, 0.0, 0.0]
-    score([group], {"plain": APC(rules, about, by=apc)})
+    score([group], {"plain": APC(rules, about, delta=False)})
     assert [r.scores["plain"] for r in group.responses] == [3.0, 2.0, 2.0, 2.0]
     none = Group("q", [Response("a")], meta={"statements": []})
     assert APC(rules, about)(rows_of([none])) == [0.0]

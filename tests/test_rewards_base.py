@@ -1,7 +1,8 @@
 """The seam of all rewards: rows, errors that are never a zero, comparisons as rewards, the index, the cache, time limits."""
+import doctest
+import importlib
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from slow_rows import slow
 
 from data_tools.formats import dump, load
 from data_tools.records import Group, Response
@@ -28,17 +30,6 @@ def length(text, *, factor=1.0):
 def picky(text):
     if text == "bad":
         raise RuntimeError("boom")
-    return len(text)
-
-
-def slow(text):
-    if text == "hang":
-        time.sleep(60)
-    if text == "exit":
-        os._exit(3)
-    if text == "child":
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        time.sleep(60)
     return len(text)
 
 
@@ -148,17 +139,23 @@ def test_find():
     assert find({"weighted": {"parts": {"bleu": None, "rouge_l": None}, "weights": {"bleu": 1, "rouge_l": 1}}}).name == "combined"
 
 
+def test_a_folder_is_a_trained_reward_model(tmp_path):
+    (tmp_path / "rm").mkdir()
+    with pytest.raises((OSError, ValueError), match="rm"):                  # an empty folder holds none, and it says so
+        find(str(tmp_path / "rm"))
+
+
 @pytest.mark.parametrize("spec, message", [
     ("bleuu", "no reward 'bleuu', did you mean 'bleu'"), ({"bleu": {"smoth_from": 1}}, "did you mean 'smooth_from'"),
     ({"r3": {"corpos": []}}, "did you mean 'corpus'"), ({"calibrated": {"reward": "bleu"}}, "needs file"),
-    ({"a": {}, "b": {}}, "a reward is written as"), (3, "a reward is written as"), ("rewards.overlap:blue", "did you mean 'bleu'"),
-    ("no.such:thing", "cannot import")])
+    ({"a": {}, "b": {}}, "a reward is written as"), (3, "a reward is written as"),
+    ("rewards.overlap:blue", "did you mean 'bleu'"), ("no.such:thing", "cannot import")])
 def test_find_says_what_is_wrong(spec, message):
     with pytest.raises(ValueError, match=message):
         find(spec)
 
 
-@pytest.mark.parametrize("name", [n for n, where in WHERE.items() if (ROOT / f"{where.split(':')[0].replace('.', '/')}.py").exists()])
+@pytest.mark.parametrize("name", WHERE)
 def test_every_name_is_there_and_says_what_it_is(name):
     found = describe(name)
     assert found["summary"] and (found["reads"] or found["kind"] != "row function")
@@ -219,7 +216,8 @@ def test_what_the_reward_reads_is_the_key(tmp_path):
         reward(rows_of(group))
     assert seen == [("a", "a"), ("a", "b")]
     whole = Counted()                                                       # does not say what it reads: everything counts
-    for group in (groups("a", x=1), groups("a", x=2), groups("a", x=2, wins={"w": 1}), [Group("p", [Response("a")], meta={"x": 2})]):
+    other_prompt = [Group("p", [Response("a")], meta={"x": 2})]
+    for group in (groups("a", x=1), groups("a", x=2), groups("a", x=2, wins={"w": 1}), other_prompt):
         cached(whole, store)(rows_of(group))
     assert len(whole.seen) == 3
 
@@ -351,3 +349,10 @@ def test_rows_survive_json():
     group = score(groups("a"), [length])[0]
     assert Group.from_json(json.loads(json.dumps(group.to_json()))).responses[0].scores == {"length": 1.0}
     assert as_reward(length).settings() == {} and Row(group, group.responses[0]).prompt == "q"
+
+
+@pytest.mark.parametrize("module", ["base", "cached", "calibrate", "combine", "index", "judge", "overlap", "persona", "relevance",
+                                    "trl"])
+def test_doctests(module):
+    failed, tried = doctest.testmod(importlib.import_module(f"rewards.{module}"))
+    assert failed == 0 < tried
