@@ -63,6 +63,9 @@ def pad(groups: Sequence[EncodedGroup], *, pad_id: int = 0, side: str = "right",
             values = [np.full(n, v, np.float32) if np.ndim(v) == 0 else v
                       for v, n in zip(values, response, strict=True)]
             out[name] = filled(answer, values, 0.0, np.float32)
+        elif column(name).dims == "N D":
+            width = max(np.size(v) for v in values)
+            out[name] = torch.from_numpy(np.stack([np.broadcast_to(np.float32(v), width) for v in values]))
         else:
             out[name] = torch.tensor(values, dtype=DTYPE[type(neutral(name))])
     for name in columns:

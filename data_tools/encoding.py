@@ -35,6 +35,7 @@ class Encoding:
     system         system message of conversations that do not bring one
     chat_template  used in place of the tokenizer's own
     template_settings  further variables of the template, such as {"enable_thinking": False}
+    aspects        names of scores that make the column `rewards`, a label per aspect; NaN where a response lacks one
 
     >>> Encoding(max_prompt=512, long_prompt="tail")
     Traceback (most recent call last):
@@ -49,6 +50,7 @@ class Encoding:
     system: str | None = None
     chat_template: str | None = None
     template_settings: Mapping = field(default_factory=dict)
+    aspects: Sequence[str] = ()
 
     def __post_init__(self):
         for name, least in (("max_prompt", 1), ("max_response", 1), ("max_length", 2)):
@@ -470,6 +472,12 @@ class _Finish:
                                 f"should be a number, found {shorten(value)}: mend it, or name it otherwise")
         if "reward" in response.scores:
             found["reward"] = float(response.scores["reward"])
+        if self.encoding.aspects:
+            missing = [a for a in self.encoding.aspects if a not in response.scores]
+            if response.scores and len(missing) == len(self.encoding.aspects):
+                raise DataError("no aspect", f"none of the aspects {', '.join(missing)} is among the scores of a response"
+                                             f"{nearest(missing[0], response.scores)}; scores: {', '.join(response.scores)}")
+            found["rewards"] = np.array([response.scores.get(a, np.nan) for a in self.encoding.aspects], np.float32)
         return found
 
     def limited(self, response: Response, prompt: np.ndarray, row: EncodedRow, cuts: list[str]) -> EncodedRow:

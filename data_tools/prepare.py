@@ -104,8 +104,7 @@ class Prepared:
                            prompt=None if prompt == own else self._item("prompt", prompt),
                            mask=a["mask"][i:j] if "mask" in a else None,
                            train=bool(a["train"][row]) if "train" in a else True,
-                           columns={name: values[i:j] if column(name).dims == "N T" else values[row].item()
-                                    for name, values in self.columns.items()})
+                           columns={name: self._cell(name, values, row, i, j) for name, values in self.columns.items()})
                 for row, prompt, i, j in zip(range(first, end), prompts, at, at[1:], strict=False)]
         wins = self._item("wins", n) if "wins" in a else ()
         return EncodedGroup(self._item("prompt", own), rows,
@@ -113,6 +112,14 @@ class Prepared:
                             wins=wins.reshape(len(rows), -1) if len(wins) else None,
                             weight=float(a["weight"][n]) if "weight" in a else 1.0,
                             place=self._item("place", n).tobytes().decode())
+
+    def _cell(self, name: str, values: np.ndarray, row: int, start: int, end: int):
+        """What a row has in a column: a value for each of its tokens start..end, a vector, or a number."""
+        dims = column(name).dims
+        if dims == "N T":
+            return values[start:end]
+        rows = self.meta["arrays"]["row_prompt"][1]
+        return values.reshape(rows, -1)[row] if dims == "N D" else values[row].item()
 
     def _item(self, name: str, n: int) -> np.ndarray:
         start, end = self.arrays[f"{name}_at"][n:n + 2].tolist()
@@ -437,8 +444,9 @@ class _Files:
                         before=n_groups)
         known = {n.removeprefix(COLUMN) for n in self.arrays if n.startswith(COLUMN)}
         for name in sorted(known.union(*(row.columns for row in rows))):
-            empty, per_token = neutral(name), column(name).dims == "N T"
+            empty, dims = neutral(name), column(name).dims
             values = [row.columns.get(name, empty) for row in rows]
-            values = tokenwise(values, empty) if per_token else values
-            self.optional(COLUMN + name, True, lambda made=values: made, empty, n_tokens if per_token else n_rows,
+            values = {"N T": lambda v: tokenwise(v, empty), "N D": np.concatenate}.get(dims, list)(values)   # noqa: B023
+            before = {"N T": n_tokens, "N D": n_rows * (len(values) // len(rows))}.get(dims, n_rows)
+            self.optional(COLUMN + name, True, lambda made=values: made, empty, before,
                           np.float32 if isinstance(empty, float) else type(empty))

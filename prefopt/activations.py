@@ -12,8 +12,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from prefopt.forward import CHUNK_BYTES, Positions, left_aligned, scatter, upcast
+from prefopt.forward import CHUNK_BYTES, Positions, left_aligned, scatter
 from prefopt.models import Trunk
+from prefopt.ops import upcast
 
 __all__ = ["activation_mask"]
 

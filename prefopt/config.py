@@ -170,6 +170,11 @@ class Run(Settings):
         if "mismatched" in objective.reads() and self.train.groups_per_step < 2:
             raise ValueError(f"recipe {self.recipe!r} compares each prompt with a response of another prompt of the step: "
                              f"set train.groups_per_step to at least 2")
+        aspects = len(self.data.encoded().aspects)
+        if "rewards" in objective.reads() and aspects != objective.outputs:
+            raise ValueError(f"recipe {self.recipe!r} learns {objective.outputs} aspects, and data.encoding.aspects names "
+                             f"{aspects or 'none'}: name the scores that are the labels, data.encoding: {{aspects: [helpfulness, "
+                             f"...]}}, and give their number as set.aspects")
         for name in sorted(objective.reads()):
             _documented(name)
         self.update_rule(), self.make_optimizer()

@@ -31,9 +31,10 @@ def groups(run: Run, held_out: bool):
     d = run.data
     found = formats.load(d.eval if held_out else d.train, format=d.format, streaming=d.streaming, columns=d.columns,
                          split=d.eval_split if held_out else d.split, limit=d.eval_limit if held_out else d.limit)
-    pairs = kind(run.objective().ranking) == "Pairs"
-    found = validate.checked(found, on_bad=d.on_bad,
-                             checks=(*validate.CHECKS, validate.paired if pairs else validate.labelled))
+    objective = run.objective()
+    pairs = kind(objective.ranking) == "Pairs"
+    needed = (validate.paired if pairs else validate.labelled,) if "relevance" in objective.reads() else ()
+    found = validate.checked(found, on_bad=d.on_bad, checks=(*validate.CHECKS, *needed))
     return labels.flip(found, rate=d.flip, seed=run.train.seed) if d.flip and not held_out else found
 
 
@@ -85,7 +86,7 @@ def columns(reads: set[str]) -> tuple[str, ...]:
     """Columns of a recipe that come from the records themselves."""
     made = {"tokens", "attend", "mask", "group", "relevance", "wins", "prompt_length", "train", "weight",
             "online"}
-    return tuple(sorted({c for c in reads if c in COLUMNS and COLUMNS[c].dims in ("N", "N T")} - FROZEN - GRADIENT - made))
+    return tuple(sorted({c for c in reads if c in COLUMNS and COLUMNS[c].dims in ("N", "N T", "N D")} - FROZEN - GRADIENT - made))
 
 
 def fits(data, tokens: int | None, online=None) -> None:

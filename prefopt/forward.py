@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data_tools.batch import Batch
 from prefopt.models import Models, Trunk
+from prefopt.ops import upcast
 
 CHUNK_BYTES = 64 * 2**20                                      # float32 logits of one chunk
 
@@ -118,10 +119,6 @@ def reduced(hidden: Tensor, token: Tensor, head: Callable[[Tensor], Tensor], nam
     if not pieces:
         return {n: upcast(hidden).sum(-1) for n in names}
     return {n: torch.cat([p[i] for p in pieces]) for i, n in enumerate(names)}
-
-
-def upcast(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 # ------------------------------------------------------------------------------------------------------- the two passes

@@ -222,7 +222,9 @@ class PreferenceObjective:
         out["unit"] = self._unit(self.ranking, self.reduce, self.ranking_terms, groups, batch)
         for key, term in self.regularisers.items():
             out[f"unit@{key}"] = self._unit(term.part, term.reduce, term.terms, groups, batch)
-        out["unit@pairs"] = group_mean(hard_pairs(groups["wins"]))
+        some = "wins" in batch or "relevance" in batch
+        none = torch.zeros(batch.groups, batch.width, batch.width, dtype=torch.float64, device=batch.index.device)
+        out["unit@pairs"] = group_mean(hard_pairs(groups["wins"]) if some else none)
         out["unit@rows"] = term_mean(compared_rows(groups["real"]))
         if "logp_old" in self.reads_forward() and "logp_old" in before:
             out["logp_old"] = before["logp_old"]

@@ -291,3 +291,13 @@ def pairs_of_level(labels, level, *, of) -> Pairs:
 def degree_rows(degree, side, mask, *, of) -> Rows:
     """1 for thinned variants, not empty ones, of a chosen (of = 1) or rejected (of = 0) response."""
     return ((degree >= 0) & (side == of) & mask.bool().any(-1)).double()
+
+
+def segment_tokens(mask, segment, real, *, of) -> Tokens:
+    """1 on the tokens of one kind of segment: 1 tool use, 2 observations, 3 rationales, as `rewards.tool_augmented` numbers."""
+    return (mask.bool() & real[..., None] & (segment == of)).double()
+
+
+def trace_tokens(mask, segment, real) -> Tokens:
+    """1 on the tokens of all segments but the answer, which is 0."""
+    return (mask.bool() & real[..., None] & (segment > 0)).double()

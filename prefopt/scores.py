@@ -9,13 +9,14 @@ from functools import partial  # noqa: F401  (doctests)
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefopt.ops import log1mexp, log_ratios, masked, masked_mean, masked_sum, upcast
+from prefopt.parts import PartModule
 
-__all__ = ["alpha_divergence", "expected_grade", "forward_kl", "head", "jensen_shannon", "length_desensitised",
-           "log_likelihood", "log_odds", "log_ratio", "lowest_step", "mean_log_ratio", "mean_logp", "scaled_reference",
-           "token_masked"]
+__all__ = ["RewardHead", "alpha_divergence", "expected_grade", "forward_kl", "head", "jensen_shannon", "length_desensitised",
+           "log_likelihood", "log_odds", "log_ratio", "lowest_step", "mean_log_ratio", "mean_logp", "mean_output",
+           "output", "scaled_reference", "token_masked"]
 
 
 def log_ratio(logp, logp_ref, mask, *, beta=0.1) -> Tensor:
@@ -243,6 +244,72 @@ def head(outputs) -> Tensor:
     tensor([2.])
     """
     return upcast(outputs)[..., 0]
+
+
+class RewardHead(PartModule):
+    """Reward head beside a language model, which goes on to generate: linear in its last hidden state.
+
+    s = w . h
+
+    Gradient    through w and the model
+    Edge        w starts normal with a spread of 0.02, as heads of transformers' classes do
+    Relations   `head` is the same on a model that ends in a head and has lost its vocabulary
+    Departs     -
+    Reference   Li et al., Tool-Augmented Reward Modeling (Themis), arXiv:2310.01045
+
+    >>> reward = RewardHead(); reward.setup(layers=1, width=2)
+    >>> reward.weight.data = torch.tensor([[1., 2.]])
+    >>> reward(torch.tensor([[3., 4.]])).detach()
+    tensor([11.])
+    """
+
+    def __init__(self):
+        nn.Module.__init__(self)
+
+    def setup(self, *, layers: int, width: int) -> None:
+        self.weight = nn.Parameter(0.02 * torch.randn(1, width))
+
+    def forward(self, last_state) -> Tensor:
+        self.check_setup()
+        return (last_state.to(self.weight.dtype) @ self.weight.T).squeeze(-1)
+
+    def spec(self) -> dict:
+        return {}
+
+
+def mean_output(outputs) -> Tensor:
+    """Reward model with an output per aspect: their mean.
+
+    s = (1/M) sum_k outputs_k
+
+    Gradient    through outputs
+    Edge        one output is `head`
+    Relations   `output` takes one aspect
+    Departs     -
+    Reference   Wang et al., ArmoRM, arXiv:2406.12845 (fixed, even weights)
+
+    >>> mean_output(torch.tensor([[2., 5.]]))
+    tensor([3.5000])
+    """
+    return upcast(outputs).mean(-1)
+
+
+def output(outputs, *, aspect=0) -> Tensor:
+    """Reward model with an output per aspect: one of them.
+
+    s = outputs_aspect
+
+    aspect      its number, from 0
+    Gradient    through outputs
+    Edge        aspect 0 is `head`
+    Relations   `mean_output` takes all
+    Departs     -
+    Reference   Wang et al., ArmoRM, arXiv:2406.12845
+
+    >>> output(torch.tensor([[2., 5.]]), aspect=1)
+    tensor([5.])
+    """
+    return upcast(outputs)[..., aspect]
 
 
 def expected_grade(grade_logits) -> Tensor:

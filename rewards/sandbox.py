@@ -191,6 +191,9 @@ def protections() -> list[tuple[str, str]]:
 
 
 # --------------------------------------------------------------------------------------------------------------- tests
+DEFINITIONS = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+
+
 @dataclass(frozen=True)
 class Verdict:
     passed: bool
@@ -203,7 +206,8 @@ def run_tests(program: str, tests: Sequence[str], *, entry_point: str | None = N
 
     tests        Python: `assert f(1) == 2`, or any lines. `candidate` is the program's `entry_point`
     setup        trusted code that runs before each test (imports, helpers). What tests name and neither they nor the setup
-                 define is the program's, but for modules of the standard library
+                 define is the program's, but for builtins and modules of the standard library: a function that is called
+                 `sum` has to be the `entry_point`
     limits       of one start of the program. It is started again after a test that it does not survive; who stops to
                  iterate stops that, and `all(v.passed for v in ...)` does at the first failure
 
@@ -216,10 +220,13 @@ def run_tests(program: str, tests: Sequence[str], *, entry_point: str | None = N
     """
     for number, test in enumerate(["", *tests]):
         try:
-            ast.parse(test or setup)
+            lines = ast.parse(test if number else setup).body
+            if number and all(isinstance(line, DEFINITIONS) for line in lines):
+                raise ValueError(f"test {number} runs nothing, so that every program would pass it: {test[:200]!r}. Call what it "
+                                 "defines, as in check(candidate)")
         except SyntaxError as error:
             raise ValueError(f"{f'test {number}' if number else 'the setup of the tests'} is no Python: {error}: "
-                             f"{(test or setup)[:200]!r}") from None
+                             f"{(test if number else setup)[:200]!r}") from None
     return _verdicts(program, tests, entry_point, setup, limits)
 
 

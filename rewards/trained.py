@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_tools.batch import Batch
 from data_tools.collate import Counts, EncodedGroup, encode, pad, pad_token
+from data_tools.columns import nearest
 from data_tools.encoding import Encoding
 from data_tools.fields import PLACE
 from data_tools.records import Group, Response
@@ -26,6 +27,7 @@ from prefopt.folder import content
 from prefopt.forward import fill, forward, frozen_models
 from prefopt.models import Models, head_of, load_policy, load_tokenizer, prepare_padding
 from prefopt.parts import needs
+from prefopt.scores import output
 from rewards.base import Row, ScoringError
 from rewards.cached import by_length
 
@@ -159,10 +161,12 @@ def single(row: Row) -> Group:
                  meta={k: v for k, v in row.group.meta.items() if k == "tools"})
 
 
-def load(name: str, *, recipe: str | None = None, set: dict | None = None, reference: str | None = None,
-         dtype: str = "float32", tokens: int = 16384, device: str | None = None) -> TrainedReward | TrainedComparison:
+def load(name: str, *, aspect: str | None = None, recipe: str | None = None, set: dict | None = None,
+         reference: str | None = None, dtype: str = "float32", tokens: int = 16384,
+         device: str | None = None) -> TrainedReward | TrainedComparison:
     """A reward from a run folder, a model folder or a hub id.
 
+    aspect        of a model with an output per aspect: the one to score; left out: their mean
     recipe, set   what it was trained as; left out: what prefopt.json says, else bradley_terry
     reference     of an implicit reward; left out: the model that training started from
 
@@ -174,6 +178,12 @@ def load(name: str, *, recipe: str | None = None, set: dict | None = None, refer
     card = json.loads(card_file.read_text(encoding="utf-8")) if card_file.exists() else {}
     recipe = recipe or card.get("recipe") or "bradley_terry"
     objective = assemble(recipe, (card.get("set") if set is None and recipe == card.get("recipe") else set) or {})
+    encoding = Encoding(**flat(card.get("data", {})))
+    if aspect is not None:
+        if aspect not in encoding.aspects:
+            raise ValueError(f"{name} has no aspect {aspect!r}{nearest(aspect, encoding.aspects)}; aspects: "
+                             f"{', '.join(encoding.aspects) or 'none'}")
+        objective = objective.with_slots(score=partial(output, aspect=list(encoding.aspects).index(aspect)))
     reads = objective.reads()
     if not objective.outputs and not frozen_models(reads) and "last_state" not in reads:
         raise ValueError(f"{name} was trained with {recipe!r}, which has no reward: a reward model has a head (recipes "

@@ -6,6 +6,7 @@ What the row lacks (a reference, tests) is an error. Sums, gates and tiers of th
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
 import re
@@ -30,6 +31,7 @@ __all__ = ["Checked", "boxed", "choice", "choice_share", "final_answer", "has_bo
 # ------------------------------------------------------------------------------------------------------------- answers
 NUMBER = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
 IN_TEXT = re.compile(rf"(?<![\w.]){NUMBER}(?:\s*/\s*\d+)?%?")
+FIRST = re.compile(rf"{IN_TEXT.pattern}(?![\w\\^]|\.\d)")
 MIXED = re.compile(rf"({NUMBER})\s+(\d+)/(\d+)|({NUMBER})(?:/({NUMBER}))?")
 SCIENTIFIC = re.compile(rf"({NUMBER})\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*(?:\{{\s*)?([-+]?\d{{1,3}})(?:\s*\}})?")
 SHORT = r"(?:[cmk]?m|[mk]?g|m?[lL]|km/h|mph|kph|hrs?|h|min|s|lbs?|oz|ft|in|yd|mi|pm|am|USD|EUR|GBP)"   # units that stand close
@@ -65,7 +67,7 @@ def candidates(text: str) -> list[str]:
         return [piece.strip().splitlines()[0] if piece.strip() else "" for piece in text.split("####")[1:]]
     if found := [text[m.end():m.end() + LONGEST].split("\n")[0] for m in ANSWER_IS.finditer(text)]:
         return [re.split(r"\.(?:\s|$)", piece)[0].strip(" *") for piece in found]
-    return [m[0].strip() for m in IN_TEXT.finditer(text[-100 * LONGEST:])][-1:]
+    return [m[0].strip() for m in IN_TEXT.finditer(text[-100 * LONGEST:].replace("$", ""))][-1:]
 
 
 def plain(answer: str) -> str:
@@ -161,7 +163,7 @@ def final_answer(text, reference, *, absolute: float = 1e-6, relative: float = 1
         raise ScoringError(f"the reference {gold(reference)[:100]!r} is no number: use math_equal, which compares other answers")
     found = candidates(text)[-1:]
     value = number(found[0], percent=percent) if found else None
-    if value is None and found and (inside := IN_TEXT.search(plain(found[0]))):                  # 'the answer is 5, not 6'
+    if value is None and found and (inside := FIRST.search(plain(found[0]))):                    # 'the answer is 5, not 6'
         value = number(inside[0], percent=percent)
     return float(value is not None and close(wanted, value, absolute, relative))
 
@@ -502,7 +504,8 @@ def results(text: str, tests: object, limits: Limits):
         if shape == ("test", "entry_point"):
             name, prompt = tests["entry_point"].strip(), tests.get("prompt", "")
             program = program if defines(program, name) else prompt + program
-            checks = run_tests(program, [f"{tests['test']}\ncheck(candidate)"], entry_point=name, setup=prompt, limits=limits)
+            checks = run_tests(program, [f"{tests['test']}\ncheck(candidate)"], entry_point=name, setup=standing(prompt),
+                               limits=limits)
         else:
             checks = run_tests(program, tests["test_list"], setup=tests.get("test_setup_code", ""), limits=limits)
     elif isinstance(tests, Sequence) and tests and all(isinstance(test, str) for test in tests):
@@ -530,6 +533,15 @@ def examples(program: str, tests: Mapping, limits: Limits):
 def lines_of(text: str) -> list[str]:
     """Lines without the white space at their ends and at the end of the text."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def standing(prompt: str) -> str:
+    """The definitions of a prompt: its last function may have no body yet."""
+    for text in (prompt, f"{prompt}\n    pass\n"):
+        with contextlib.suppress(SyntaxError):
+            ast.parse(text)
+            return text
+    return ""
 
 
 def defines(program: str, name: str) -> bool:

@@ -301,7 +301,8 @@ def test_arguments_and_slots_together():
 
 # ------------------------------------------------------------------------------------------------------------- departures
 def planned(recipe: str, **departures) -> Run:
-    return make({**BASE, "recipe": recipe, "set": departures})
+    aspects = {"data": {**BASE["data"], "encoding": {"aspects": ["a", "b"]}}} if recipe.startswith("multi_") else {}
+    return make({**BASE, "recipe": recipe, "set": departures, **aspects})
 
 
 def test_departures():
@@ -320,5 +321,10 @@ def test_departures():
 @pytest.mark.parametrize("recipe", recipes.__all__)
 def test_no_recipe_departs_from_itself(recipe):
     assert departures(planned(recipe)) == {"recipe": recipe}
+
+
+def test_aspects_and_outputs_must_agree():
+    with pytest.raises(ValueError, match="learns 2 aspects, and data.encoding.aspects names none"):
+        make({**BASE, "recipe": "multi_objective"})
 
 

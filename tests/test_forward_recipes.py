@@ -9,7 +9,7 @@ from torch import nn
 from data_tools.batch import Batch
 from prefopt import recipes
 from prefopt.forward import fill, forward, frozen_models
-from prefopt.models import Models
+from prefopt.models import Models, head_of
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,19 @@ def preferences(reads: set[str]) -> tuple[Batch, Batch]:
     made = {k: torch.tensor(v, dtype=torch.float64 if k in ("relevance", "reward") else None) for k, v in columns.items()
             if k in reads | {"relevance"}}
     whole = batch(rows, seed=3, padding="left", right=1, **made)
+    random = torch.Generator().manual_seed(4)
+    if "rewards" in reads:
+        whole = whole.with_columns(rewards=torch.rand(whole.N, 2, generator=random))
+    if "step_label" in reads:
+        marks = torch.rand(whole["mask"].shape, generator=random).round()
+        whole = whole.with_columns(step_label=torch.where(whole["mask"].bool(), marks, torch.nan))
     return whole, Batch({**whole, "group": (whole["group"] + 1) % whole.groups}, whole.width)
+
+
+def policies(name: str) -> Models:
+    """What the recipe trains, a language model or one with its head, and a reference."""
+    head = head_of(recipes.find(name)())
+    return Models(tiny("llama", head=head), tiny("llama", seed=1))
 
 
 def trained(name: str, models: Models, *, split: bool = False) -> tuple[float, dict[str, torch.Tensor], int]:
@@ -80,7 +92,7 @@ def trained(name: str, models: Models, *, split: bool = False) -> tuple[float, d
 
 @pytest.mark.parametrize("name", recipes.__all__)
 def test_microbatches_do_not_matter(name):
-    models = Models(tiny("llama"), tiny("llama", seed=1))
+    models = policies(name)
     one, many = trained(name, models), trained(name, models, split=True)
     assert one[2] == 1 and many[2] >= 3
     assert many[0] == pytest.approx(one[0], abs=1e-10)
@@ -91,15 +103,15 @@ def test_microbatches_do_not_matter(name):
 
 @pytest.mark.parametrize("name", recipes.__all__)
 def test_the_reference_runs_only_for_recipes_that_read_it(name):
-    models = Models(tiny("llama"), tiny("llama", seed=1))
+    models = policies(name)
     trained(name, models)
     reads = recipes.find(name)().reads()
     assert (models._reference.calls["forwards"] > 0) == bool(frozen_models(reads))
     passes = len(reads & {"logp_ref", "activation_mask", "mismatched"}) + bool(reads & {"token_kl", "states_ref"})
     assert models._reference.calls["forwards"] == passes
-    assert models.policy_model().calls["forwards"] == 1 + len(reads & {"logp_old", "mismatched"})
+    assert models.policy_model().calls["forwards"] == 1 + len(reads & {"logp_old", "outputs_old", "mismatched"})
     if not frozen_models(reads):
-        trained(name, Models(tiny("llama")))            # none need be there
+        trained(name, Models(policies(name).policy))          # none need be there
         assert not reads & {"logp_ref", "states_ref", "token_kl", "mismatched", "activation_mask"}
 
 

@@ -186,7 +186,7 @@ def test_a_bradley_terry_run_gives_a_folder_that_transformers_opens(place, lora)
     out = f"bt-{bool(lora)}"
     result = go(place, "bradley_terry", out, **{"train.epochs": 4, "train.lr": 0.02, "policy.lora": lora})
     assert result.metrics["eval/accuracy"] == 1.0 and result.metrics["eval/loss"] < 0.5
-    assert lines(place / out)[0]["loss"] == pytest.approx(np.log(2), abs=0.02)
+    assert 0.6 < lines(place / out)[0]["loss"] < 0.8          # log 2, but for the random head
     reward = load(str(place / out))
     assert isinstance(reward, TrainedReward)
     groups = [Group("w3 w4 ", [Response("w5 w1"), Response("w6 w7 w8 w2")]), Group("w9 ", [Response("w1")])]
@@ -262,7 +262,8 @@ def test_a_row_without_a_token_is_not_scored(place):
 
 
 def test_batches_of_ten_thousand_lengths_hold_little_padding(place):
-    reward = load(str(place / "small")) if (place / "small").exists() else pytest.skip("runs after the test above")
+    go(place, "bradley_terry", "batches", **{"train.steps": 1})
+    reward = load(str(place / "batches"))
     rng = np.random.default_rng(0)
     encoded = {n: EncodedGroup(np.zeros(size, np.int32), [EncodedRow(np.zeros(1 + size % 7, np.int32))])
                for n, size in enumerate(rng.lognormal(5, 0.8, 10000).astype(int).clip(1, 2000))}

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data_tools.batch import Batch
+from prefopt.models import LANGUAGE, Head
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 VOCABULARY = 61
@@ -39,14 +40,16 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['role'] + ' : ' + m['con
             "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}")
 
 
-def tiny(name: str = "llama", *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> nn.Module:
+def tiny(name: str = "llama", *, dtype: torch.dtype = torch.float64, seed: int = 0, head: Head = LANGUAGE,
+         **changes) -> nn.Module:
     """A random model of the architecture `name` in training mode, without dropout; `changes` go to its config."""
     import transformers
     cls, settings = CONFIGS[name]
     dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if name == "gpt2" else {}
-    config = getattr(transformers, cls)(**{**settings, **dropout, **changes})
+    outputs = {"num_labels": head.outputs} if head.outputs else {}
+    config = getattr(transformers, cls)(**{**settings, **dropout, **outputs, **changes})
     torch.manual_seed(seed)
-    return spread(transformers.AutoModelForCausalLM.from_config(config).to(dtype)).train()
+    return spread(getattr(transformers, head.auto).from_config(config).to(dtype)).train()
 
 
 @torch.no_grad()

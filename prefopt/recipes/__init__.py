@@ -77,6 +77,8 @@ from prefopt.recipes.reward_models import (
     ordinal,
     outcome,
     process,
+    tool_augmented,
+    tool_augmented_released,
 )
 from prefopt.recipes.unpaired import aot_unpaired, apo_zero, bco, bco_pair, kto, nca, sppo_hard
 
@@ -87,7 +89,8 @@ __all__ = ["anyloss", "aot", "aot_unpaired", "apo_down", "apo_zero", "bco", "bco
            "lipo_lambda", "lipo_list_mle", "lipo_point_mse", "lipo_point_sigmoid", "lipo_softmax", "list_net", "love", "mapl",
            "mapo", "multi_objective", "multi_preference", "nca", "ordinal", "orpo", "outcome", "process", "rationale",
            "rationale_released", "rdpo", "rpo", "rpo_mean", "rso", "rso_hinge", "rso_hinge_norm", "simpo", "slic", "smpo",
-           "sparsepo", "sparsepo_independent", "spo_degree", "sppo_hard", "tdpo", "tr_dpo", "trpa", "wpo"]
+           "sparsepo", "sparsepo_independent", "spo_degree", "sppo_hard", "tdpo", "tool_augmented", "tool_augmented_released",
+           "tr_dpo", "trpa", "wpo"]
 
 
 def find(name: str) -> Callable:

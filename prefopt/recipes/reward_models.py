@@ -129,7 +129,8 @@ def _per_aspect(part, terms, aspects, reduce):
     """An objective with the part for every aspect, and the terms that are labelled on it."""
     count(1, aspects=aspects)
     first, *rest = (Term(partial(part, aspect=k), reduce=reduce, terms=partial(terms, aspect=k)) for k in range(aspects))
-    return PreferenceObjective(score=scores.head, ranking=first.part, ranking_terms=first.terms, reduce=reduce, outputs=aspects,
+    return PreferenceObjective(score=scores.mean_output, ranking=first.part, ranking_terms=first.terms, reduce=reduce,
+                               outputs=aspects,
                                regularisers={f"aspect{k}": term for k, term in enumerate(rest, 1)})
 
 
@@ -284,3 +285,39 @@ def dice(*, alpha=0.0, smooth=1e-4):
     positive(smooth=smooth)
     return outcome().with_slots(ranking=pointwise.linearised, annotations={
         "tangent": partial(annotations.dice, alpha=alpha, smooth=smooth)})
+
+
+def tool_augmented(*, alpha=1.0, beta=1.0, omega=1.0):
+    """Themis: a reward model that writes a trace of tool calls and a rationale, and grades the whole text.
+
+    L = -log sigmoid(r_w - r_l) + alpha (N_tool + beta N_observation + omega N_rationale),   r = w . h at the end
+
+    N is the mean of -log pi over the tokens of such segments in the step, of all responses. The model stays a language model,
+    the head is beside it. Traces and their two-phase use: rewards.tool_augmented.
+
+    alpha       weight of the likelihood of the trace; 0 is `bradley_terry` on a language model's last state
+    beta        weight of the observations in it
+    omega       weight of the rationales in it
+    Departs     each N is a mean of its own; the released code has one mean over all of them: `tool_augmented_released`
+    Reference   Li et al., Tool-Augmented Reward Modeling (Themis), arXiv:2310.01045
+    """
+    not_negative(alpha=alpha, beta=beta, omega=omega)
+    weights = {"tool": alpha, "observation": alpha * beta, "rationale": alpha * omega}
+    return PreferenceObjective(
+        score=scores.RewardHead(), ranking=pairwise.logistic,
+        regularisers={kind: Term(regularisers.token_nll, weight, term_mean, partial(regularisers.segment_tokens, of=number))
+                      for number, (kind, weight) in enumerate(weights.items(), 1) if weight})
+
+
+def tool_augmented_released(*, pair=0.5):
+    """Themis as its code trains it: one mean over the tokens of all traces.
+
+    L = -pair log sigmoid(r_w - r_l) + N,   N the mean of -log pi over all tokens of the step that are not question or answer
+
+    pair        weight of the comparison
+    Departs     the mean is over the step, however it is split; there over a micro-batch
+    Reference   Li et al., arXiv:2310.01045; ernie-research/Tool-Augmented-Reward-Model `main.py`
+    """
+    not_negative(pair=pair)
+    return tool_augmented(alpha=0.0).with_slots(weight=pair, regularisers={
+        "trace": Term(regularisers.token_nll, 1.0, term_mean, regularisers.trace_tokens)})

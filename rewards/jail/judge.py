@@ -105,6 +105,7 @@ def judge(test, setup, entry_point, channel):
     """'' or why the test fails."""
     tree = ast.parse(test)
     try:
+        channel(of=None, name="__name__")                    # a test that asks nothing does not pass without a program
         exec(compile(tree, "test", "exec"), surroundings(tree, setup, entry_point, channel))
     except Gone:
         return "gone"

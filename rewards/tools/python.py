@@ -31,7 +31,7 @@ def tested(text: str, *, tests: Sequence[str], limits: Limits = LIMITS) -> str:
     """
     verdicts = list(run_tests(program_of(text), tests, limits=limits))
     reasons = dict.fromkeys(v.reason.rstrip(": ") for v in verdicts if not v.passed)
-    rate = round(sum(v.passed for v in verdicts) / len(verdicts), 2)
+    rate = sum(v.passed for v in verdicts) / len(verdicts)
     said = " All test cases passed." if rate == 1 else " All test cases failed." if rate == 0 else ""
     return f"The pass rate is {rate}.{said}" + (f" Failed reason: {'; '.join(reasons)}" if reasons else "")
 
