@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -206,7 +207,8 @@ def check(
 def doctor():
     """Check this installation.
 
-    Versions, devices, optional packages and what brings them, disk, and one training step of a tiny model.
+    Versions, devices, optional packages and what brings them, disk, what protects this machine from code that a model
+    wrote and that rewards run, and one training step of a tiny model.
 
     Exit code 0: fine. 1: something does not work.
 
@@ -215,8 +217,9 @@ def doctor():
         prefopt doctor
     """
     from prefopt import doctor
+    from rewards.sandbox import protections
     with console.status("looking around, and training one step"):
-        found = list(doctor.findings())
+        found = list(doctor.findings(protections))
     raise typer.Exit(report(found))
 
 
@@ -484,6 +487,7 @@ def number(value: float | None) -> str:
 
 
 def main() -> None:
+    sys.path.insert(0, "")                                    # module:function is found where one is, as by python -m
     app(prog_name="prefopt")
 
 

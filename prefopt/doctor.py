@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,8 +26,9 @@ OPTIONAL = {                                                  # package: what ne
 WORDS = ("<pad>", "<eos>", "?", "good", "bad")
 
 
-def findings() -> Iterator[Finding]:
-    """What there is, what is missing, and whether training works."""
+def findings(sandbox: Callable[[], Iterable[tuple[str, str]]] = tuple) -> Iterator[Finding]:
+    """What there is, what is missing, whether training works, and what `sandbox` says of the protections of the sandbox:
+    (level, text) of each."""
     yield from attempt("versions", versions)
     yield from attempt("device", devices)
     for package, (need, install) in OPTIONAL.items():
@@ -36,6 +37,7 @@ def findings() -> Iterator[Finding]:
         else:
             yield ok("optional", f"{package} {_version(package)}")
     yield from attempt("disk", disk)
+    yield from attempt("sandbox", lambda: (Finding(level, "sandbox", text) for level, text in sandbox()))
     yield from attempt("training", training)
 
 

@@ -191,6 +191,7 @@ def protections() -> list[tuple[str, str]]:
 
 
 # --------------------------------------------------------------------------------------------------------------- tests
+START = "import os, sys; sys.path.insert(0, os.getcwd()); from rewards.jail.{0} import main; main()"
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
 
 
@@ -239,16 +240,17 @@ def _verdicts(program: str, tests: Sequence[str], entry_point: str | None, setup
 
 def _session(program: str, tests: Sequence[str], entry_point: str | None, setup: str, limits: Limits) -> list[Verdict]:
     """Verdicts of the tests up to and with the first that the program does not survive."""
-    wire = {"wire.py": (JAIL / "wire.py").read_text()}
+    parts = {name: {f"rewards/jail/{part}.py": (JAIL / f"{part}.py").read_text() for part in ("wire", name)}
+             for name in ("program", "judge")}
     request = json.dumps({"tests": list(tests), "setup": setup, "entry_point": entry_point})
     asked, ask = os.pipe()
     answered, answer = os.pipe()
     boxes = []
     try:
         try:
-            boxes.append(Running((JAIL / "program.py").read_text(), "", {**wire, "program.py": program}, limits, mode(),
+            boxes.append(Running(START.format("program"), "", {**parts["program"], "program.py": program}, limits, mode(),
                                  (asked, answer)))
-            boxes.append(Running((JAIL / "judge.py").read_text(), request, wire,
+            boxes.append(Running(START.format("judge"), request, parts["judge"],
                                  replace(limits, seconds=limits.seconds + 5, output=16 * MB), mode(), (answered, ask)))
         finally:
             for end in (asked, ask, answered, answer):

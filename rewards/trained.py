@@ -172,6 +172,8 @@ def load(name: str, *, aspect: str | None = None, recipe: str | None = None, set
 
     Raises ValueError for a folder that holds no reward model, or one whose reference is not known.
     """
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
     exists("reward model", name)
     folder = Path(name) / "model" if (Path(name) / "model").is_dir() else Path(name)
     card_file = folder / "prefopt.json"

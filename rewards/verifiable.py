@@ -568,7 +568,7 @@ def unit_tests(text, tests, *, seconds: float = 5.0, memory: int = 512 * 2**20) 
     >>> unit_tests("```python\\ndef double(x):\\n    return 2 * x\\n```", ["assert double(2) == 4"])
     1.0
     """
-    return float(all(results(text, tests, Limits(seconds=seconds, memory=memory))))
+    return float(all(results(text, tests, Limits(seconds=seconds, cpu=math.ceil(seconds), memory=memory))))
 
 
 def passed_share(text, tests, *, seconds: float = 5.0, memory: int = 512 * 2**20) -> float:
@@ -584,7 +584,7 @@ def passed_share(text, tests, *, seconds: float = 5.0, memory: int = 512 * 2**20
     >>> passed_share("def double(x): return 2 * x", ["assert double(2) == 4", "assert double(2) == 5"])
     0.5
     """
-    passed = list(results(text, tests, Limits(seconds=seconds, memory=memory)))
+    passed = list(results(text, tests, Limits(seconds=seconds, cpu=math.ceil(seconds), memory=memory)))
     return sum(passed) / len(passed)
 
 

@@ -187,8 +187,8 @@ CHEATS = {
     "answers nonsense": "import os\ndef f(x):\n  os.write(4, b'{\"value\": {\"handle\": [1]}}\\n[]\\nx\\n')",
     "answers without end": "import os\ndef f(x):\n  while True: os.write(4, b'[' * 65536)",
     "patches builtins": "import builtins as b\nb.AssertionError = StopIteration\nb.all = lambda *a: True\ndef f(x): return 0",
-    "patches its driver": "import sys, json\njson.loads = lambda *a: {}\nsys.modules['__main__'].encode = lambda *a: True\n"
-                          "def f(x): return 0",
+    "patches its driver": "import sys, json\njson.loads = lambda *a: {}\n"
+                          "sys.modules['rewards.jail.program'].encode = lambda *a: True\ndef f(x): return 0",
     "reads the tests": "import os\ntry:\n  text = ''.join(open(n).read() for n in os.listdir())\nexcept OSError:\n  text = ''\n"
                        "def f(x): return {1: 2, -1: 0, 0: 1}[x] if 'f(%d) ==' % 1 in text else None",
     "kills the judge": "import os\ndef f(x):\n  for p in (-1, os.getppid()): os.kill(p, 9)",
@@ -281,9 +281,11 @@ def test_without_namespaces_the_doctor_warns(monkeypatch):
 def test_the_mode_without_namespaces(monkeypatch):
     monkeypatch.setattr(sandbox, "mode", lambda: "uid")
     monkeypatch.setattr(sandbox, "PYTHON", "/usr/bin/python3")
+    before = set(Path("/tmp").glob("box-*"))
     assert run("import os; print(os.getuid() >= 2**30)").stdout == "True\n"
     assert "Permission denied" in run("open('/usr/x', 'w')").reason
     for program in HOSTILE[:1] + HOSTILE[4:7]:
         run(program, limits=Limits(seconds=0.3))
-    assert gone() and not list(Path("/tmp").glob("box-*"))
-    assert [v.passed for v in run_tests("def f(x): return x + 1", TESTS[:1] + ["assert f(1) == 1"])] == [True, False]
+    for _ in range(3):
+        assert [v.passed for v in run_tests("def f(x): return x + 1", TESTS[:1] + ["assert f(1) == 1"])] == [True, False]
+    assert gone() and set(Path("/tmp").glob("box-*")) <= before

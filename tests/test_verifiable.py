@@ -209,10 +209,10 @@ def test_other_formats(reward, text, want):
 @pytest.mark.parametrize("hostile", ["<think>" * 10**5, r"\boxed{" * 10**5, "answer is " * 10**5, "1,111" * 10**5, "1 " * 10**5,
                                      "```\n" * 10**5, "(A" * 10**5, "-" * 10**6, "1" * 10**6])
 def test_hostile_texts_take_linear_time(hostile):
-    began = time.monotonic()
+    began = time.process_time()
     tagged(hostile), tags_once(hostile), has_boxed(hostile), is_tool_call(hostile), candidates(hostile), chosen(hostile, "ABCD")
     final_answer(hostile, "3")
-    assert time.monotonic() - began < 1.5
+    assert time.process_time() - began < 1.5
 
 
 def test_boxes_nest():
@@ -251,7 +251,7 @@ def solution(record):
 
 def judged(pairs):
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda pair: unit_tests(*pair), pairs))
+        return list(pool.map(lambda pair: unit_tests(*pair, seconds=30), pairs))
 
 
 @real_data

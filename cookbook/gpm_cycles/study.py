@@ -24,7 +24,7 @@ SIZES = (3, 4, 5, 6, 7, 8, 9)
 PROMPTS = ("plain", "mixed", "against")                       # items, others in another order, "plain" turned round
 ARMS = {"GPM": ("general_preference", {"dim": 8}), "GPM, gated": ("gpm_gated", {"dim": 8}),
         "Bradley-Terry": ("bradley_terry", {})}
-WIDTHS = {"2": {"dim": 2}, "2, raw": {"dim": 2, "embedding": "raw_embedding"}, "4": {"dim": 4}, "8": {"dim": 8}}
+WIDTHS = (2, 4, 8)
 TAUS, RATES = (0.1, 1.0), (3e-3, 1e-2)
 
 
@@ -133,7 +133,7 @@ def fitted(out: Path, start: Path, recipe: str, departures: dict, sizes: Sequenc
     out.parent.mkdir(exist_ok=True)
     data = {"train": tiny.write(out.parent / f"{out.name}.jsonl", asked)}
     tiny.run(out, start, recipe, departures, data,
-             {"lr": lr, "steps": steps, "epochs": steps, "groups_per_step": 8, "seed": seed})
+             {"lr": lr, "steps": steps, "epochs": steps, "groups_per_step": len(asked), "seed": seed})
     model = load(str(out))
     return model, preferences(model, asked), asked
 
@@ -142,7 +142,7 @@ def families(folder: Path, start: Path, steps: int, seed: int) -> dict:
     """Every arm on all families: accuracy by size and on the reversed prompts, symmetry, and what comparing costs."""
     table = {}
     for name, (recipe, departures) in ARMS.items():
-        model, found, asked = fitted(folder / recipe, start, recipe, departures, SIZES, steps, 5e-3, seed)
+        model, found, asked = fitted(folder / recipe, start, recipe, departures, SIZES, steps, 3e-3, seed)
         accuracy = [right(f, np.array(g.wins)) for f, g in zip(found, asked, strict=True)]
 
         def mean(key, value, accuracy=accuracy, asked=asked):
@@ -159,8 +159,8 @@ def widths(folder: Path, start: Path, steps: int, seed: int) -> dict:
     """Cycles of 3 and 5: accuracy by width, temperature and learning rate."""
     return {f"dim {dim}, tau {tau}": [
         float(np.mean([right(f, np.array(g.wins)) for f, g in zip(*fitted(
-            folder / f"{dim}-{tau}-{lr}", start, "general_preference", {"tau": tau, **departures}, (3, 5), steps, lr, seed)[1:],
-            strict=True)])) for lr in RATES] for dim, departures in WIDTHS.items() for tau in TAUS}
+            folder / f"{dim}-{tau}-{lr}", start, "general_preference", {"tau": tau, "dim": dim}, (3, 5), steps, lr, seed)[1:],
+            strict=True)])) for lr in RATES] for dim in WIDTHS for tau in TAUS}
 
 
 def study(folder: Path, steps: int, grid_steps: int, seed: int) -> tuple[dict, dict]:
@@ -216,9 +216,9 @@ def figure(path: Path, tables: list[dict], bounds: dict, share: dict) -> None:
     place = np.arange(len(WIDTHS))
     for shift, tau, colour in ((-0.2, TAUS[0], tiny.RED), (0.2, TAUS[1], tiny.GREEN)):
         right_side.bar(place + shift, [share[f"dim {dim}, tau {tau}"] for dim in WIDTHS], 0.38, color=colour, label=f"tau {tau}")
-    right_side.set_xticks(place, list(WIDTHS))
+    right_side.set_xticks(place, WIDTHS)
     right_side.set(xlabel="dim", ylabel="share of runs that fit at 99 %", ylim=(0, 1.25),
-                   title="Two dimensions on a circle get stuck")
+                   title="Unit vectors in two dimensions get stuck")
     right_side.legend(loc="upper left", ncols=2)
     page.tight_layout()
     page.savefig(path)
@@ -226,7 +226,7 @@ def figure(path: Path, tables: list[dict], bounds: dict, share: dict) -> None:
 
 def main() -> int:
     options = tiny.options("gpm_cycles", __doc__)
-    settings = {"seeds": 1, "steps": 300, "grid_steps": 150} if options.toy else {"seeds": 4, "steps": 300, "grid_steps": 150}
+    settings = {"seeds": 1, "steps": 400, "grid_steps": 100} if options.toy else {"seeds": 3, "steps": 400, "grid_steps": 150}
     with tempfile.TemporaryDirectory() as folder:
         found = tiny.over_seeds(partial(study, Path(folder), settings["steps"], settings["grid_steps"]), settings["seeds"])
     tables, grids = map(list, zip(*found, strict=True))

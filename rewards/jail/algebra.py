@@ -2,15 +2,15 @@
 import json
 import sys
 
-from math_verify import parse, verify
-
 
 def equal(*sides):
+    from math_verify import parse, verify
     wanted, answer = (parse(f"${side}$", parsing_timeout=None) for side in sides)
     return bool(wanted and answer and verify(wanted, answer, timeout_seconds=None))
 
 
 if __name__ == "__main__":
+    equal("1", "1")
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         print(json.dumps(equal(*json.loads(line))), flush=True)

@@ -9,13 +9,9 @@ import json
 import os
 import sys
 
-sys.path.insert(0, os.getcwd())
-sys.set_int_max_str_digits(0)
-
-from wire import decode, encode, send  # noqa: E402
+from rewards.jail.wire import decode, encode, send
 
 SWALLOWED = {"StopIteration", "StopAsyncIteration"}          # would end a loop of the test as if all were well
-
 LONGEST = 16 * 2**20                                         # bytes of an answer
 
 
@@ -115,6 +111,7 @@ def judge(test, setup, entry_point, channel):
 
 
 def main():
+    sys.set_int_max_str_digits(0)
     verdicts = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)             # what tests print is nobody's verdict
     request, channel = json.load(sys.stdin), Channel()
@@ -125,6 +122,3 @@ def main():
         print(json.dumps(reason), file=verdicts, flush=True)
         if channel.gone:
             break
-
-
-main()

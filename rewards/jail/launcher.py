@@ -43,19 +43,20 @@ def call(what, *arguments):
 
 
 def main():
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))                  # the finally clauses end the box
+    asked, ask = os.pipe()
+    signal.signal(signal.SIGTERM, lambda *_: os.write(ask, b"x"))          # no exception, so that the box is cleared
     call("prctl", PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     call("prctl", SUBREAPER, 1, 0, 0, 0)
     request = json.load(sys.stdin)
     try:
-        reply = watch(request)
+        reply = watch(request, asked)
     except OSError as error:
         reply = {"broken": str(error)}
     json.dump(reply, sys.stdout)
 
 
 # ------------------------------------------------------------------------------------------------------- the launcher
-def watch(request):
+def watch(request, asked):
     mode = request["mode"]
     uid = None if mode == "user" else 2**30 + os.getpid()
     box = tempfile.mkdtemp(prefix="box-") if mode == "uid" else "/box"
@@ -76,7 +77,7 @@ def watch(request):
     for theirs in (stdin, stdout, stderr, tell, *request["channel"]):
         os.close(theirs)
     try:
-        return follow(request, feed, out, err, report)
+        return follow(request, feed, out, err, report, asked)
     finally:
         os.kill(supervisor, signal.SIGKILL)
         if mode == "uid":
@@ -86,13 +87,13 @@ def watch(request):
             os.waitpid(supervisor, 0)                        # comes back when all processes of its namespace are gone
 
 
-def follow(request, feed, out, err, report):
-    """Feed stdin and read output until the program ends, its time is over, or it has said too much."""
+def follow(request, feed, out, err, report, asked):
+    """Feed stdin and read output until the program ends, its time is over, it has said too much, or the host asks for its end."""
     began, pending = time.monotonic(), request["stdin"].encode("utf-8", "surrogateescape")
     texts, status, ended = {out: b"", err: b""}, b"", ""
     os.set_blocking(feed, False)
     poll = select.poll()
-    for fd in (out, err, report):
+    for fd in (out, err, report, asked):
         poll.register(fd, select.POLLIN)
     if pending:
         poll.register(feed, select.POLLOUT)
@@ -112,7 +113,9 @@ def follow(request, feed, out, err, report):
                     os.close(feed)
                 continue
             piece = os.read(fd, 65536)
-            if not piece:
+            if fd == asked:
+                ended = "asked"
+            elif not piece:
                 poll.unregister(fd)
                 waiting.remove(fd)
             elif fd == report:

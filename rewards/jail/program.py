@@ -4,13 +4,11 @@ import os
 import sys
 import types
 
-sys.path.insert(0, os.getcwd())
-sys.set_int_max_str_digits(0)
-
-from wire import decode, encode, send  # noqa: E402
+from rewards.jail.wire import decode, encode, send
 
 
 def main():
+    sys.set_int_max_str_digits(0)
     ask, answer = os.fdopen(3, "rb"), os.fdopen(4, "wb", 0)
     module = sys.modules["program"] = types.ModuleType("program")
     with open("program.py", encoding="utf-8") as file:
@@ -33,6 +31,3 @@ def main():
         except Exception as error:
             reply = {"raised": [type(error).__name__, str(error)[:500]]}
         send(answer, reply)
-
-
-main()
