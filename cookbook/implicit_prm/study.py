@@ -14,6 +14,7 @@ import torch
 
 from cookbook import tiny
 from cookbook.implicit_prm import chains
+from data_tools.encoding import Encoding
 from data_tools.formats import load as read
 from data_tools.records import Group, Response
 from rewards import implicit
@@ -32,7 +33,8 @@ TRACES = Path(__file__).parents[2].parent / "shared" / "data" / "bigbench_mistak
 def ends_of(row: Row, words) -> list[int]:
     """Where the steps of a response end in tokens: `meta["steps"]`, one line each."""
     ends = np.cumsum([len(step) + 1 for step in row.response.meta["steps"]])
-    return implicit.step_ends(row.text, implicit.offsets(ends.tolist()), words(row.text, return_offsets_mapping=True)["offset_mapping"])
+    spans = words(row.text, return_offsets_mapping=True)["offset_mapping"]
+    return implicit.step_ends(row.text, implicit.offsets(ends.tolist()), spans)
 
 
 def summed(tokens: Sequence[Sequence[float]], rows: Sequence[Row], words) -> list[torch.Tensor]:
@@ -85,8 +87,8 @@ def synthetic(folder: Path, arms: Sequence[str], warm_up: int, steps: int, tests
     wrong = rows_of([chains.group(draw, STEPS, [False]) for _ in range(tests)])
     where = [row.response.meta["wrong"] for row in wrong]
     choices = [chains.group(draw, STEPS, (draw.random(CANDIDATES) < RIGHT).tolist()) for _ in range(tests // 2)]
-    own = likelihood(str(start))
-    found = {"language model's own": {"located": float(np.mean(hits(summed(plain(own, wrong), wrong, words), where)))},
+    own = likelihood(str(start), encoding=Encoding(add_eos=False))
+    found = {"language model's own": {"located": float(np.mean(hits(summed(own(wrong), wrong, words), where)))},
              "any": {"right": float(np.mean([r for g in choices for r in g.relevance])),
                      "one right among them": float(np.mean([max(g.relevance) for g in choices]))}}
     for arm in arms:
@@ -95,16 +97,12 @@ def synthetic(folder: Path, arms: Sequence[str], warm_up: int, steps: int, tests
                          {"lr": LR, "steps": steps, "groups_per_step": size, "seed": seed})
         values = iter(step_values(reward, rows_of(choices)))
         candidates = [[next(values) for _ in g.responses] for g in choices]
-        found[arm] = {"located": float(np.mean(hits(step_values(reward, wrong), where))), **{
-            f"best of {CANDIDATES} by {name}": float(np.mean([
-                g.relevance[implicit.best_of_n([float(rule(v)) for v in rows])] for g, rows in zip(choices, candidates, strict=True)]))
-            for name, rule in (("min", implicit.lowest), ("sum", implicit.total))}}
+        found[arm] = {"located": float(np.mean(hits(step_values(reward, wrong), where)))}
+        for name, rule in (("min", implicit.lowest), ("sum", implicit.total)):
+            chosen = [implicit.best_of_n([float(rule(values)) for values in rows]) for rows in candidates]
+            found[arm][f"best of {CANDIDATES} by {name}"] = float(np.mean(
+                [g.relevance[n] for g, n in zip(choices, chosen, strict=True)]))
     return found
-
-
-def plain(own, rows: Sequence[Row]) -> list[list[float]]:
-    """Log-probabilities of the response tokens, without the end-of-text token that a reader adds."""
-    return [values[:-1] for values in own(rows)]
 
 
 # ------------------------------------------------------------------------------------------------------- BIG-Bench-Mistake
@@ -139,12 +137,14 @@ def traces(folder: Path, warm_up: int, steps: int, seed: int) -> dict:
                      steps=warm_up, batch=8, lr=5e-3, seed=seed)
         model.save_pretrained(start)
         words.save_pretrained(start)
-        reward = trained(folder / f"traces-ce-{seed}-{half}", start, "CE", tiny.write(folder / f"traces-{seed}-{half}.jsonl", bare(seen)),
+        data = tiny.write(folder / f"traces-{seed}-{half}.jsonl", bare(seen))
+        reward = trained(folder / f"traces-ce-{seed}-{half}", start, "CE", data,
                          {"lr": LR, "steps": steps, "groups_per_step": 20, "seed": seed})
+        own = likelihood(str(start), encoding=Encoding(add_eos=False))
         rows, where = rows_of([groups[n] for n in held]), [groups[n].meta["mistake_index"] for n in held]
         common = int(np.bincount([g.meta["mistake_index"] for g in seen if g.meta["mistake_index"] is not None]).argmax())
         guesses = {"CE": hits(step_values(reward, rows), where), "commonest step": [float(k == common) for k in where],
-                   "language model's own": hits(summed(plain(likelihood(str(start)), rows), rows, words), where)}
+                     "language model's own": hits(summed(own(rows), rows, words), where)}
         for name, values in guesses.items():
             found[name].update({int(n): v for n, v in zip(held, values, strict=True)})
     chance = {int(n): 1 / len(groups[n].responses[0].meta["steps"]) for n in found["CE"]}
@@ -168,15 +168,16 @@ def claims(tables: list[dict], real: dict) -> dict[str, bool]:
     def all_of(arm, what, least):
         return all(t[arm][what] > least(t) if callable(least) else t[arm][what] >= least for t in tables)
 
-    out = {"CE on outcomes of single responses points to the first wrong step in at least 80 % of chains, all seeds (chance 20 %)":
-           all_of("CE", "located", 0.8)}
+    out = {"CE on outcomes of single responses points to the first wrong step in at least 80 % of chains, all seeds "
+           "(chance 20 %)": all_of("CE", "located", 0.8)}
     for arm in [a for a in tables[0] if a in ARMS]:
         out[f"{arm}: above chance, and the best of {CANDIDATES} by min and by sum is right more often than any, all seeds"] = \
             all_of(arm, "located", 1 / STEPS) and all(all_of(arm, f"best of {CANDIDATES} by {how}", lambda t: t["any"]["right"])
                                                       for how in ("min", "sum"))
     if real:
         mean, half = real["CE minus chance"]
-        out["BIG-Bench-Mistake, arithmetic: CE on outcomes finds the mistake more often than chance (95 % interval over traces)"] = \
+        out["BIG-Bench-Mistake, arithmetic: CE on outcomes finds the mistake more often than chance (95 % interval over "
+            "traces)"] = \
             mean - half > 0
     return out
 
