@@ -252,6 +252,39 @@ def test_an_implicit_reward_is_its_log_ratio(place):
         assert len(words) == len(values) and sum(values) == pytest.approx(value, abs=1e-5)
 
 
+def rated(n: int, seed: int = 0) -> list[dict]:
+    """Good responses end with w1, safe ones begin with w3; every third response lacks one of the two grades."""
+    rng = np.random.default_rng(seed)
+
+    def response(k):
+        good, safe = rng.integers(2, size=2)
+        scores = {"good": float(good), "safe": float(safe)}
+        scores.pop(("good", "safe", "")[k % 3], None)
+        return {"text": f"w{3 if safe else 4} w{rng.integers(10, 40)} w{1 if good else 2}", "scores": scores}
+
+    return [{"prompt": "w9 ", "responses": [response(2 * i), response(2 * i + 1)]} for i in range(n)]
+
+
+def test_labels_of_aspects_come_from_scores(place):
+    """A head per aspect, learned from records in which grades are missing; each is a reward of its own."""
+    data = write(place / "rated.jsonl", rated(60))
+    aspects = {"data.encoding": {"aspects": ["safe", "good"]}}
+    go(place, "multi_objective", "aspects", **aspects, **{"data.train": data, "data.eval": data, "train.epochs": 8,
+                                                          "train.lr": 0.02})
+    row = Row(Group("w9 ", []), Response("w3 w20 w2"))        # safe, and not good
+    safe, good, both = (load(str(place / "aspects"), aspect=a)([row])[0] for a in ("safe", "good", None))
+    assert safe > 0.7 and good < 0.3 and both == pytest.approx((safe + good) / 2, abs=1e-6)
+    with pytest.raises(ValueError, match="no aspect 'god', did you mean 'good'"):
+        load(str(place / "aspects"), aspect="god")
+
+
+def test_an_aspect_that_no_score_has(place):
+    data = write(place / "rated.jsonl", rated(4))
+    with pytest.raises(DataError, match="none of the aspects saef, gud is among the scores .*did you mean 'safe'"):
+        go(place, "multi_objective", "wrong", **{"data.train": data, "data.eval": data,
+                                                 "data.encoding": {"aspects": ["saef", "gud"]}})
+
+
 def test_a_row_without_a_token_is_not_scored(place):
     go(place, "bradley_terry", "small", **{"train.steps": 1})
     groups = [Group("w3 ", [Response("w1"), Response("", tokens=[])])]
