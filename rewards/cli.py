@@ -32,13 +32,22 @@ def named(items: Sequence[str], what: str) -> dict[str, str]:
     for item in items:
         label, sign, spec = item.partition("=")
         if not sign or not label.replace("_", "").replace("-", "").replace(".", "").isalnum():
-            spec = item
-            stem = Path(item.rstrip("/")).name
-            label = (stem.split(".")[0] if Path(item).exists() else item.strip("{} ").split(":")[0]) or item
+            label, spec = label_of(item), item
         if label in out:
             raise ValueError(f"{what} {label!r} comes twice: give each a label of its own, {what} LABEL={spec}")
         out[label] = spec
     return out
+
+
+def label_of(spec: str) -> str:
+    """The name of a folder, of a file without its endings, of a function without its module, of a reward without its settings.
+
+    >>> label_of("{my_rewards:politeness: {words: [please]}}"), label_of("{bleu: {order: 2}}")
+    ('politeness', 'bleu')
+    """
+    name = spec.strip("{} ").split(": ")[0]
+    path = Path(name)
+    return path.name.split(".")[0] if path.is_file() else path.name if path.is_dir() else name.rsplit(":", 1)[-1]
 
 
 def made(spec: str) -> Callable:
@@ -191,7 +200,10 @@ def tokens(
     limit: Annotated[int, typer.Option(min=1, help="Show this many groups.")] = 10,
     format: Format = None,
 ):
-    """Show what each token, or step, of a response is worth: a page that colours them by their reward.
+    """Show what each token of a response is worth: a page that colours them by their reward.
+
+    Of an implicit reward model a token's reward is its log-ratio to the reference, beta log(pi / pi_ref), and 0 is neutral; of
+    a process reward model it is the probability that the steps so far are right, and 1/2 is neutral.
 
     Example:
 

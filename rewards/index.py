@@ -2,7 +2,7 @@
 
 Three kinds of thing are named: a function of one row, a class of rewards, and a function that builds a reward from plain
 settings. What a function is can be read from what it says it returns: `-> Reward` or `-> Comparison` builds one. A folder
-is a trained reward model.
+or a hub id is a trained reward model.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WHERE = {
 
 
 def find(spec: object) -> Callable:
-    """A reward, comparison or row function from 'name', 'module:attribute', a folder, or {one of these: {argument: value}}.
+    """A reward, comparison or row function from 'name', 'module:attribute', folder, hub id, or {one of these: {argument: value}}.
 
     >>> find({"bleu": {"smooth_from": None}}).keywords
     {'smooth_from': None}
@@ -45,7 +45,7 @@ def find(spec: object) -> Callable:
         name, arguments = spec, None
     if not isinstance(name, str) or not isinstance(arguments, (Mapping, type(None))):
         raise ValueError(f"a reward is written as 'name', 'module:name' or {{name: {{argument: value}}}}, found {spec!r}")
-    if name not in WHERE and Path(name).is_dir():
+    if name not in WHERE and (Path(name).is_dir() or "/" in name and ":" not in name):
         return find({"trained": {"name": name, **(arguments or {})}})
     if ":" not in name and name not in WHERE:
         raise ValueError(f"there is no reward {name!r}{nearest(name, WHERE)}; rewards: {', '.join(WHERE)}, or 'module:name'")

@@ -27,7 +27,7 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; } p { margin: .3rem 0 .8rem; max-
 .soft, caption, figcaption, small { color: var(--soft); } small { font-size: .8em; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .5rem 0 1rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .2rem 0; font-size: .9em; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 td, tbody th { white-space: nowrap; } th:first-child { text-align: left; } tbody th { font-weight: 600; }
 tbody th, th:first-child { position: sticky; left: 0; background: var(--paper); }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; font-weight: 600; max-width: 8rem; }
@@ -39,7 +39,7 @@ figcaption { font-size: .85rem; max-width: 21.5rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; padding: 0; margin: .6rem 0; list-style: none; font-size: .88rem; }
 svg text { fill: var(--soft); font-size: 11px; } svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .axis { stroke: var(--soft); stroke-width: 1; } svg .guide { stroke: var(--soft); stroke-dasharray: 4 3; fill: none; }
-svg .series { fill: none; stroke-width: 2; } svg .whisker { stroke-width: 1; opacity: .7; }
+.faint { opacity: .1; } svg .series { fill: none; stroke-width: 2; } svg .whisker { stroke-width: 1; opacity: .7; }
 .error { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .9rem; margin: .7rem 0; break-inside: avoid; }
 .error header { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .88rem; }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: .9rem; }
@@ -74,7 +74,8 @@ mean over sets.</p>
 {%- for section in sections %}
 <details class="set" {{ "open" if loop.first }}>
 <summary>{{ section.title }} <span class="soft">{{ section.size }}</span></summary>
-<ul class="legend">{% for name in names %}<li>{{ mark(name) }} {{ name }}</li>{% endfor %}</ul><div class="charts">
+<ul class="legend" title="point at a name to see it alone">
+{%- for name in names %}<li data-series="{{ loop.index0 }}">{{ mark(name) }} {{ name }}</li>{% endfor %}</ul><div class="charts">
 {%- for chart, words in section.charts %}<figure>{{ chart }}<figcaption>{{ words }}</figcaption></figure>{% endfor %}</div>
 {{ section.tables }}
 {%- for line in section.unscored %}<p class="warn">{{ line }}</p>{% endfor %}</details>
@@ -114,6 +115,14 @@ function filter() {
 }
 for (const id of ["model", "set", "text", "alone"]) by(id).addEventListener("input", filter);
 document.querySelector("form").addEventListener("submit", event => event.preventDefault());
+const alone = (item, on) => {
+  for (const g of item.closest("details").querySelectorAll("g[data-series]"))
+    g.classList.toggle("faint", on && g.dataset.series !== item.dataset.series);
+};
+for (const item of document.querySelectorAll(".legend li")) {
+  item.addEventListener("pointerenter", () => alone(item, true));
+  item.addEventListener("pointerleave", () => alone(item, false));
+}
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(d => d.open = true));
 filter();
 </script></body></html>
@@ -135,7 +144,7 @@ SHAPES = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "M-3.6-3.6h7.2v7.2h-7.2z", "M0-4
 
 def marker(x: float, y: float, colour: int, scale: float = 1.0) -> Markup:
     return Markup('<path transform="translate({:.1f} {:.1f}) scale({:.2f})" d="{}" fill="var(--c{})"/>').format(
-        x, y, scale, SHAPES[colour // 8 % 4 if colour >= 8 else colour % 4], colour % 8)
+        x, y, scale, SHAPES[(colour + colour // 8) % 4], colour % 8)
 
 
 def chart(series: Iterable[Series], *, x: tuple[float, float], y: tuple[float, float], xticks: Sequence[tuple[float, str]],
@@ -162,13 +171,15 @@ def chart(series: Iterable[Series], *, x: tuple[float, float], y: tuple[float, f
             out.append(Markup('<polyline class="guide" points="{}"/>').format(path))
             continue
         stroke = f"stroke:var(--c{line.colour % 8})"
-        out.append(Markup('<polyline class="series" style="{}" points="{}"/>').format(stroke, path))
+        out.append(Markup('<g data-series="{}"><polyline class="series" style="{}" points="{}"/>').format(
+            line.colour, stroke, path))
         for n, (a, b) in enumerate(line.points):
             if line.whiskers:
                 low, high = line.whiskers[n]
                 out.append(Markup('<line class="whisker" style="{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(
                     stroke, across(a), across(a), up(low), up(high)))
             out.append(marker(across(a), up(b), line.colour, 0.5 + 1.3 * line.sizes[n] ** 0.5 if line.sizes else 1.0))
+        out.append(Markup("</g>"))
     return Markup("").join([*out, Markup("</svg>")])
 
 
@@ -218,11 +229,12 @@ def best_of_n_chart(found: dict, colours: dict[str, int]) -> Markup:
                  yticks=even(low, high, 5, "{:.2f}"), xlabel="n", ylabel="gold reward")
 
 
-def strip(value: float, interval: Sequence[float], colour: int) -> Markup:
-    """A dot with its interval between 0 and 100 %, and a line at chance."""
-    return Markup('<svg role="img" aria-label="{}" width="140" height="22"><line class="guide" x1="70" x2="70" y1="1" y2="21"/>'
-                  '<line style="stroke:var(--c{});stroke-width:2" x1="{:.1f}" x2="{:.1f}" y1="11" y2="11"/>{}</svg>').format(
-        f"{percent(value)} %", colour % 8, 4 + 132 * interval[0], 4 + 132 * interval[1], marker(4 + 132 * value, 11, colour))
+def strip(value: float, interval: Sequence[float], span: Sequence[float], colour: int) -> Markup:
+    """A dot with its interval on an axis from `span[0]` to `span[1]`, and a line at chance."""
+    chance, low, high, at = (4 + 132 * (v - span[0]) / (span[1] - span[0]) for v in (0.5, *interval, value))
+    return Markup('<svg role="img" aria-label="{}" width="140" height="22"><line class="guide" x1="{:.1f}" x2="{:.1f}" y1="1" '
+                  'y2="21"/><line style="stroke:var(--c{});stroke-width:2" x1="{:.1f}" x2="{:.1f}" y1="11" y2="11"/>{}</svg>'
+                  ).format(f"{percent(value)} %", chance, chance, colour % 8, low, high, marker(at, 11, colour))
 
 
 # -------------------------------------------------------------------------------------------------------------- values
@@ -235,7 +247,7 @@ def number(value: float | None) -> str:
 
 
 def signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3g}"
+    return "-" if value is None else f"{round(value, 4):+.3g}"
 
 
 def decimals(value: float | None) -> str:
@@ -280,8 +292,8 @@ def mean_cell(found: Mapping | None) -> Markup:
 
 
 def table(caption: str, head: Sequence[object], rows: Iterable[tuple[object, Sequence[Markup]]]) -> Markup:
-    """Column headers, and rows of a header and its cells. A column that says nothing is left out."""
-    rows = list(rows)
+    """Column headers, and rows of a header and its cells. A row or a column that says nothing is left out."""
+    rows = [(name, cells) for name, cells in rows if any(c != NOTHING for c in cells)]
     kept = [k for k in range(len(head) - 1) if any(cells[k] != NOTHING for _, cells in rows)]
     join = Markup("").join
     return Markup('<div class="scroll" tabindex="0"><table><caption>{}</caption><thead><tr>{}</tr></thead><tbody>{}</tbody>'
@@ -294,17 +306,18 @@ def heat(found: Mapping, names: Sequence[str]) -> Markup:
     """Agreement of every two models; kappa gives the colour."""
     at = [found["models"].index(name) for name in names]
     return table(
-        "Agreement: percent of pairs with the same verdict; kappa of right and wrong (the colour); tau-b of the margins",
-        ["model", *names],
+        "Agreement: percent of pairs with the same verdict; kappa (κ) of right and wrong, the colour; tau-b (τ) of the margins",
+        ["model", *(name.replace("_", "_\u200b") for name in names)],                   # a long name may break there
         [(name, [cell("") if x == y else
-                 cell(percent(found["verdicts"][x][y]), f"kappa {decimals(found['kappa'][x][y])}",
-                      f"tau {decimals(found['kendall'][x][y])}", style=tint(found["kappa"][x][y], 0.0))
+                 cell(percent(found["verdicts"][x][y]), f"κ {decimals(found['kappa'][x][y])}",
+                      f"τ {decimals(found['kendall'][x][y])}", style=tint(found["kappa"][x][y], 0.0))
                  for y in at]) for name, x in zip(names, at, strict=True)])
 
 
 def summary(report: Mapping, names: Sequence[str], mark: Callable[[str], Markup], colours: Mapping[str, int]) -> Markup:
     """Accuracy overall and of each set."""
-    rows = []
+    rows, ends = [], [end for whole in report["overall"].values() for end in whole["interval"]]
+    span = floor_tenth(ends, 0.4), 1 - floor_tenth([1 - end for end in ends], 0.4)
     for name in names:
         whole, cells = report["overall"].get(name), [cell("-"), cell("")]
         if whole:
@@ -312,12 +325,13 @@ def summary(report: Mapping, names: Sequence[str], mark: Callable[[str], Markup]
             part = f"{whole['sets']} of {len(report['sets'])} sets" if whole["sets"] < len(report["sets"]) else ""
             cells = [cell(percent(whole["accuracy"]), f"{100 * low:.1f} to {100 * high:.1f}", part,
                           style=tint(whole["accuracy"], 0.5)),
-                     cell(strip(whole["accuracy"], whole["interval"], colours[name]))]
+                     cell(strip(whole["accuracy"], whole["interval"], span, colours[name]))]
         found = [s["models"][name]["accuracy"] for s in report["sets"].values()]
         rows.append((mark(name) + " " + name, [*cells, *(share_cell(f, tint(f["share"], 0.5)) for f in found)]))
     titles = [Markup("{}<br><small>{} pairs</small>").format(title, s["pairs"] - s["tied_labels"])
               for title, s in report["sets"].items()]
-    return table("Percent of pairs right", ["model", "overall", Markup("<small>0 to 100 %</small>"), *titles], rows)
+    axis = Markup("<small>{:.0f} to {:.0f} %</small>").format(*(100 * end for end in span))
+    return table("Percent of pairs right", ["model", "overall", axis, *titles], rows)
 
 
 def protocols(report: Mapping, names: Sequence[str]) -> Markup:

@@ -194,8 +194,8 @@ def draft(row: Row, found: Trace) -> Row:
 
 
 def extend(found: Trace, written: str) -> None:
-    """Adds what the model wrote, cut into segments. An observation that it makes up is cut off and asked for instead; there are
-    none in a rationale.
+    """Adds what the model wrote, cut into segments. An observation that it makes up is cut off and asked for instead; a rationale
+    is the end.
 
     >>> begun = [["<start_tool>", 1]]
     >>> extend(begun, " Action: a\\nAction Input: b\\nObservation: mine")
@@ -204,12 +204,13 @@ def extend(found: Trace, written: str) -> None:
     """
     kept, *made_up = re.split(rf"{OBSERVES}|^Observation:", written, maxsplit=1, flags=re.MULTILINE)
     first, *others = re.split(f"(?={CALLS}|{WORKS})", kept)
-    if found[-1][1] == OBSERVATION:
-        found.append([first, TOOL])
-    else:
+    if found[-1][1] != OBSERVATION:
         found[-1][0] += first
-    found += [[text, RATIONALE if text.startswith(WORKS) else TOOL] for text in others]
-    found[:] = [piece for piece in found if piece[0]]
+    elif first:
+        found.append([first, TOOL])
+    for text in others:
+        if found[-1][1] != RATIONALE:
+            found.append([text, RATIONALE if text.startswith(WORKS) else TOOL])
     if made_up and found[-1][1] == TOOL:
         found[-1][0] += OBSERVES
 

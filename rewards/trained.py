@@ -6,6 +6,7 @@ or margin, computed by the same forward pass as in training.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -100,14 +101,21 @@ class TrainedReward(Trained):
         """The fields that decide a score, for caches."""
         return ["messages", "text", "tools", "steps", "segments"]
 
+    @property
+    def by_step(self) -> bool:
+        """Whether it is a process reward model."""
+        return "token_reward" in self.objective.reads()
+
     def __call__(self, rows: Sequence[Row]) -> list[float | ScoringError]:
         """The objective's score of each row; an error in the place of a row that cannot be encoded."""
-        encoded, counts = self.encoded([single(row) for row in rows])
+        encoded, counts = self.encoded([single(row, by_step=self.by_step) for row in rows])
         lost = ScoringError("the response cannot be scored: " + "; ".join(counts.notes))
         out: list[float | ScoringError] = [lost] * len(rows)
         for numbers, batch in self.batches(encoded):
-            for n, value in zip(numbers, self.part(batch, "score").tolist(), strict=True):
-                out[n] = value
+            values = self.part(batch, "score").tolist()
+            ended = batch["step_label"].isfinite().any(-1).tolist() if self.by_step else [True] * len(values)
+            for n, value, known in zip(numbers, values, ended, strict=True):
+                out[n] = value if known else ScoringError("no step of the response ends in what the model reads of it")
         return out
 
     def tokens_of(self, rows: Sequence[Row]) -> list[tuple[list[str], list[float]]]:
@@ -118,15 +126,15 @@ class TrainedReward(Trained):
         """
         made = self.objective.made()
         reads = needs([made["score"]], made) if "score" in made else set()
-        if not {"logp", "logp_ref"} <= reads and "token_reward" not in self.objective.reads():
+        if not {"logp", "logp_ref"} <= reads and not self.by_step:
             raise ValueError(f"{self.name} grades whole responses: rewards of tokens need an implicit reward model (recipes "
                              f"implicit_*, dpo and its relatives) or a process reward model (recipe process)")
-        encoded, counts = self.encoded([single(row) for row in rows])
+        encoded, counts = self.encoded([single(row, by_step=self.by_step) for row in rows])
         if len(encoded) < len(rows):
             raise ScoringError(f"{len(rows) - len(encoded)} responses cannot be scored: {counts}")
         out: list = [None] * len(rows)
         for numbers, batch in self.batches(encoded):
-            if "token_reward" in self.objective.reads():
+            if self.by_step:
                 values = self.seen(batch, {"token_reward"})["token_reward"].sigmoid()
             else:
                 seen = self.seen(batch, reads)
@@ -154,11 +162,27 @@ class TrainedComparison(Trained):
         return out
 
 
-def single(row: Row) -> Group:
+def single(row: Row, *, by_step: bool = False) -> Group:
+    """The row as a group of its own, without labels. A process reward model has to know where steps end: the row says it
+    (`meta["steps"]`), or its lines are steps."""
     response = row.response
-    return Group(row.group.prompt, [Response(response.text, tokens=response.tokens, prompt=response.prompt,
-                                             meta={k: v for k, v in response.meta.items() if k in ("steps", "segments")})],
+    kept = {k: v for k, v in response.meta.items() if k in ("steps", "segments")}
+    if by_step:
+        if not isinstance(response.text, str):
+            raise ScoringError("a process reward model grades the steps of a text, and the response is a conversation")
+        steps = kept.get("steps") or lines(response.text)
+        kept = {"steps": steps, "step_labels": [0.0] * len(steps)}
+    return Group(row.group.prompt, [Response(response.text, tokens=response.tokens, prompt=response.prompt, meta=kept)],
                  meta={k: v for k, v in row.group.meta.items() if k == "tools"})
+
+
+def lines(text: str) -> list[str]:
+    r"""Lines that hold something; an empty one belongs to the line before it, so that joined by \n they are the text.
+
+    >>> lines("a\n\nb\nc\n")
+    ['a\n', 'b', 'c\n']
+    """
+    return re.split(r"(?<!\A)\n(?=[^\n])", text) if text else []
 
 
 def load(name: str, *, aspect: str | None = None, recipe: str | None = None, set: dict | None = None,
@@ -176,6 +200,9 @@ def load(name: str, *, aspect: str | None = None, recipe: str | None = None, set
     disable_progress_bar()
     exists("reward model", name)
     folder = Path(name) / "model" if (Path(name) / "model").is_dir() else Path(name)
+    if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+        raise ValueError(f"{name} holds no model: a reward model is the folder of a run of prefopt reward train, or one with "
+                         f"config.json and weights")
     card_file = folder / "prefopt.json"
     card = json.loads(card_file.read_text(encoding="utf-8")) if card_file.exists() else {}
     recipe = recipe or card.get("recipe") or "bradley_terry"

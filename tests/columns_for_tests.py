@@ -28,7 +28,7 @@ for _name, _more in {
     "rso_hinge_norm": dict(gamma=0.3), "simpo": dict(gamma_beta_ratio=0.7, label_smoothing=0.1, sft=0.4),
     "slic": dict(delta=2.3, sft=0.3), "smpo": dict(tau=0.7, scale=2.3), "sparsepo": dict(l1_reward=0.02, l1_kl=0.01),
     "sparsepo_independent": dict(l1_reward=0.02, l1_kl=0.01), "trpa": dict(factor=2.3, kappa=0.3),
-    "wpo": dict(label_smoothing=0.1),
+    "tool_augmented": dict(alpha=0.7, beta=0.3, omega=1.3), "wpo": dict(label_smoothing=0.1),
 }.items():
     SETTINGS[_name] = {**SETTINGS.get(_name, {}), **_more}
 LISTS = {"bt_list", "irpo_ranking", "lipo", "lipo_hinge", "lipo_lambda", "lipo_list_mle", "lipo_point_mse", "lipo_point_sigmoid",
@@ -37,7 +37,7 @@ UNPAIRED = {"anyloss", "bco", "dice", "implicit_ce", "implicit_kto", "kto", "lov
 PAIRS_ONLY = {"aot", "aot_unpaired", "apo_zero", "bco_pair", "implicit_nca", "nca", "sppo_hard"}
 POLICY = ("logp", "token_kl", "last_state", "outputs", "token_reward", "prompt_state")      # these carry the policy's gradient
 TOKEN_COLUMNS = ("logp", "logp_ref", "logp_old", "collision", "token_kl", "activation_mask", "states_ref", "token_reward",
-                 "step_label")
+                 "step_label", "segment")
 
 
 def columns(labels: list[list[dict]], *, tokens: int = 6, seed: int = 0, dtype=torch.float64) -> dict[str, torch.Tensor]:
@@ -67,6 +67,7 @@ def columns(labels: list[list[dict]], *, tokens: int = 6, seed: int = 0, dtype=t
         "rationale": label("rationale", False, torch.bool), "online": label("online", False, torch.bool),
         "degree": label("degree", -1, torch.long), "side": label("side", -1, torch.long),
         "outputs": 4 * uniform(n, 4) - 2, "token_reward": 4 * uniform(n, tokens) - 2, "prompt_state": uniform(n, 3),
+        "segment": (4 * uniform(n, tokens)).floor(),
         "step_label": torch.where(uniform(n, tokens) < 0.4, NAN, (uniform(n, tokens) < 0.5).to(dtype)),
         "rewards": torch.where(uniform(n, 4) < 0.3, NAN, uniform(n, 4))}
 

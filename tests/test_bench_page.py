@@ -11,7 +11,7 @@ import pytest
 
 from data_tools.formats import load
 from data_tools.records import Group, Response
-from rewards import tokens_page
+from rewards import page, tokens_page
 from rewards.base import ScoringError
 from rewards.bench import baselines, bench, tfidf_logistic, verdicts, write
 
@@ -295,6 +295,20 @@ def test_the_overall_column_says_how_many_sets_it_is_over(tmp_path):
     report = bench({"half": fails_on_b}, {k: [pair("good", "bad", kind=k)] for k in "ab"})
     assert report["overall"]["half"]["sets"] == 1
     assert "1 of 2 sets" in "".join(Page(write(report, tmp_path)[1].read_text()).text)
+
+
+def test_many_models_have_marks_of_their_own_and_rows_that_say_nothing_are_left_out():
+    assert len({page.marker(0, 0, n) for n in range(32)}) == 32
+    found = page.table("", ["model", "a", "b"], [("x", [page.cell("1"), page.NOTHING]), ("y", [page.NOTHING] * 2)])
+    assert "x</th>" in found and "y</th>" not in found and ">b</th>" not in found
+
+
+def test_the_axis_of_the_overall_column_holds_every_interval():
+    """From .58 and .71: 40 to 80 %, so .6 stands in the middle; chance is a quarter of the way."""
+    report = bench({"mine": honest}, {"set": plain_groups()})
+    report["overall"] = {name: {"sets": 1, "accuracy": 0.6, "interval": [0.58, 0.71]} for name in report["overall"]}
+    text = page.render(report)
+    assert "40 to 80 %" in text and 'translate(70.0 11.0)' in text and 'class="guide" x1="37.0"' in text
 
 
 def test_rewardbench_has_a_table(tmp_path):

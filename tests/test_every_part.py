@@ -161,8 +161,8 @@ def test_pure(key):
 def test_dtype_kept(key, dtype):
     values = inputs(key, dtype=dtype)
     out = call(key, values)
-    double = {"group_mean", "group_sum", "term_mean", "ordered", "TokenMask", "DegreeHead", "EigenvalueGate", "Thresholds",
-              "tied"}                                         # weights, and our own modules
+    double = {"group_mean", "group_sum", "term_mean", "ordered", "TokenMask", "DegreeHead", "EigenvalueGate", "RewardHead",
+              "Thresholds", "tied"}                                         # weights, and our own modules
     if any(v.dtype == dtype for v in values) and out.is_floating_point():
         assert out.dtype == (torch.float64 if HOMES[key][1] in double else dtype)
 

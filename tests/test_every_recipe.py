@@ -38,7 +38,7 @@ def test_padding(name, left, right):
     columns = columns_for(name)
     tokens = columns["mask"].shape[1]
     holes = ~columns["mask"]
-    junk = dict(zip(TOKEN_COLUMNS, [math.nan, math.inf, -math.inf] * 3, strict=True))
+    junk = dict(zip(TOKEN_COLUMNS, [math.nan, math.inf, -math.inf] * 4, strict=False))
 
     def pad(key, x):
         if key not in (*TOKEN_COLUMNS, "mask"):
@@ -286,7 +286,8 @@ def bandit(name, theta, reward):
             "group": torch.arange(n) // size, "relevance": relevance, "reward": reward[arms], "activation_mask": one,
             "collision": (2 * logp).logsumexp(0) * one, "mismatched": torch.zeros(n).double(),
             "position": torch.arange(n) % size + 1, "states_ref": torch.ones(n, 1, 2, 3).double(),
-            "last_state": torch.zeros(n, 3).double(), "rationale": torch.zeros(n).bool(), "online": torch.zeros(n).bool(),
+            "last_state": theta[arms][:, None] * torch.tensor([1.0, 0.0, 0.0]), "segment": 0 * one,
+            "rationale": torch.zeros(n).bool(), "online": torch.zeros(n).bool(),
             "level": torch.zeros(n).long(), "contrast": torch.zeros(n).long(), "degree": -torch.ones(n).long(),
             "side": -torch.ones(n).long(), "token_reward": theta[arms][:, None], "step_label": relevance[:, None],
             "outputs": torch.stack([theta[arms], one[:, 0]] * 2, 1), "rewards": reward[arms][:, None].expand(n, 4),
@@ -320,7 +321,7 @@ REJECTED = {                                                  # besides text, wh
     "undesirable": [-1.0],
     "l1_reward": [-0.1], "l1_kl": [-0.1], "dropout": [1.5], "every": [0], "degrees": [0], "target": [-0.1],
     "centring": [-0.1], "nu": [0.0], "levels": [1, 2.0], "tie": [-0.1], "entropy": [-0.1], "least": [0.0], "dim": [0, 3, 2.0],
-    "aspects": [0, True], "amplification": [0.0], "smooth": [0.0]}
+    "aspects": [0, True], "alpha": [-0.1], "omega": [-0.1], "pair": [-0.1], "amplification": [0.0], "smooth": [0.0]}
 OWN = {("exo", "label_smoothing"): [0.0], ("ld_dpo", "alpha"): [-0.1, 1.1], ("tr_dpo", "alpha"): [0.0, 1.1],
        ("dice", "alpha"): [-0.1], ("love", "desirable"): [0.0], ("love", "undesirable"): [0.0],
        ("cpl", "alpha"): [0.0], ("cpl_kl", "alpha"): [0.0], ("rpo_mean", "alpha"): [-1.0], ("rso", "gamma"): [0.0],

@@ -2,22 +2,32 @@
 import doctest
 import json
 import math
+import re
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
 import torch
 
 from cookbook import tiny
+from cookbook.density_ratio import study as density
+from cookbook.gpm_cycles import study as cycles
+from cookbook.implicit_prm import chains
+from cookbook.implicit_prm import study as prm
 from cookbook.lipo_lambda import study as lipo
+from cookbook.r3_hacking import study as r3
 from cookbook.rdpo_noise import bandit
 from cookbook.rdpo_noise import study as rdpo
+from cookbook.rewards.hh import study as rewards_hh
 from cookbook.sparsepo_masks import study as sparse
 from prefopt.config import assemble
+from rewards.base import rows_of
 
-STUDIES = {"rdpo_noise": rdpo, "lipo_lambda": lipo, "sparsepo_masks": sparse}
+STUDIES = {"rdpo_noise": rdpo, "lipo_lambda": lipo, "sparsepo_masks": sparse, "gpm_cycles": cycles, "implicit_prm": prm,
+           "density_ratio": density, "r3_hacking": r3}
 
 
-@pytest.mark.parametrize("module", [tiny, lipo, sparse], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [tiny, lipo, sparse, cycles, chains, prm, density, r3], ids=lambda m: m.__name__)
 def test_doctests(module):
     found = doctest.testmod(module)
     assert found.attempted and not found.failed
@@ -119,6 +129,87 @@ def test_one_token_in_ten_decides():
     np.testing.assert_array_equal(world.value(swapped), world.value(rows))
 
 
+# --------------------------------------------------------------------------------------------------------- gpm_cycles
+@pytest.mark.parametrize("n", range(2, 8))
+def test_bound_of_scores_is_the_best_of_all_orders(n):
+    wins = cycles.tournament(n)
+    assert (wins + wins.T == 1).all()
+    best = max(sum(wins[a, b] for a, b in combinations(order, 2)) for order in permutations(range(n)))
+    assert cycles.bound(wins) == pytest.approx(best / (n * (n - 1) / 2))
+    assert cycles.bound(np.triu(np.ones((n, n)), 1)) == 1.0
+    assert (cycles.bound(wins) < 1) == (n > 2)
+
+
+def test_the_collapsed_optimum_by_hand():
+    """Three equal unit vectors in two dimensions: -log sigmoid(x / tau) has second derivative 1/(4 tau^2) along a turn of
+    one of them, whose two pairs are two thirds of the mean; its slope is 0, as it beats as many as beat it."""
+    tau, eps = 0.5, 1e-3
+    turned = torch.tensor([[1.0, 0.0], [1.0, 0.0], [math.cos(eps), math.sin(eps)]], dtype=torch.float64)
+    flat = torch.tensor([[1.0, 0.0]] * 3, dtype=torch.float64)
+    grown = float(cycles.loss_near(turned, tau) - cycles.loss_near(flat, tau))
+    assert float(cycles.loss_near(flat, tau)) == pytest.approx(math.log(2))
+    assert grown / eps ** 2 == pytest.approx(2 / 3 / (8 * tau ** 2), rel=1e-3)
+
+
+def test_a_small_general_preference_study(tmp_path):
+    """Three items, four dimensions, 80 steps."""
+    start = cycles.base(tmp_path / "base", 1)
+    model, found, asked = cycles.fitted(tmp_path / "out" / "gpm", start, "general_preference", {"dim": 4, "tau": 1.0}, (3,), 80,
+                                        1e-2, 1)
+    assert min(cycles.right(f, np.array(g.wins)) for f, g in zip(found, asked, strict=True)) == 1.0
+    assert all((f + f.T == 0).all() for f in found)
+    assert model.models.policy_model().calls["positions"] == sum(len(g.responses) for g in asked) == 9
+
+
+# ------------------------------------------------------------------------------------------------------- implicit_prm
+def test_the_first_slip_is_the_one_that_the_verifier_finds():
+    draw = np.random.default_rng(0)
+    for wrong in ((), (0,), (3,), (1, 4)):
+        for _ in range(50):
+            answer = chains.written(draw, 5, 5, wrong)
+            assert chains.first_wrong(answer.text) == answer.meta["wrong"] == min(wrong, default=None)
+    assert answer.meta["step_labels"] == [1.0, 0.0, None, None, None]
+
+
+def test_steps_end_where_their_tokens_do():
+    """Six tokens a step; the sum over steps is the sum over tokens."""
+    row, = rows_of([chains.group(np.random.default_rng(0), 4, [True])])
+    assert prm.ends_of(row, chains.tokenizer) == [6, 12, 18, 24]
+    steps, = prm.summed([np.arange(24.0)], [row], chains.tokenizer)
+    assert steps.tolist() == [15.0, 51.0, 87.0, 123.0]
+
+
+def test_outcome_labels_alone_reach_the_implicit_arms():
+    group, = prm.bare([chains.group(np.random.default_rng(0), 3, [False])])
+    assert group.relevance == [0.0] and not group.responses[0].meta and not group.meta
+
+
+def test_a_small_implicit_study(tmp_path):
+    """Hardly trained: the parts fit together, for an implicit and for a supervised arm."""
+    found = prm.synthetic(tmp_path, ["CE", "step labels"], 20, 2, 20, 0)
+    assert set(found) == {"language model's own", "any", "CE", "step labels"}
+    assert all(0 <= value <= 1 for table in found.values() for value in table.values())
+
+
+# ------------------------------------------------------------------------------------------------------ density_ratio
+def test_good_and_bad_chains_are_told_apart_by_their_own_ratio():
+    """The log-likelihood ratio of the true chains ranks nearly all pairs, so there is something to learn."""
+    world = density.World(0)
+    mass = {k: np.diff(c, axis=1, prepend=0.0) for k, c in world.chains.items()}
+    assert all(np.allclose(m.sum(1), 1) for m in mass.values())
+
+    def ratio(text):
+        words = [int(w[1:]) for w in text.split()]
+        return sum(np.log(mass["good"][a, b] / mass["bad"][a, b]) for a, b in zip(words, words[1:], strict=False))
+    assert density.accuracy([ratio(r.text) for g in world.pairs(400) for r in g.responses]) > 0.9
+
+
+def test_a_small_ladder(tmp_path):
+    found = density.study(tmp_path, 30, (4, 16), 60, 0)
+    assert found["gap"][0] == 0 and found["density ratio"][0] == 0.5 and found["gap"][2] > 0
+    assert len({len(values) for values in found.values()}) == 1
+
+
 # -------------------------------------------------------------------------------------------------------------- runs
 def test_language_has_unit_variance():
     world = tiny.Language(3)
@@ -135,6 +226,94 @@ def test_masks_find_the_opinion(tmp_path):
     mask = found["L1 0.01"]["reward_mask"]
     assert mask["opinions"] > 3 * mask["others"] and mask["opinions"] > 0.3
     assert np.shape(strips["masks"]["L1 0.01"]) == (4, 10)
+
+
+# ---------------------------------------------------------------------------------------------------------- r3_hacking
+@pytest.mark.parametrize("kind", ["OPENENDED", "CONSTRAINED"])
+def test_gold_counts_the_facts_in_the_text(kind):
+    """From the sentences alone: different true sentences that were asked for, against all sentences and all that was asked."""
+    world = r3.World(0, 6)
+    group = world.pool(kind, r3.STUFFING, 60, 3)
+    asked = set(group.meta["reference"].split(". ")) if kind == "CONSTRAINED" else \
+        {world.fact(3, k) for k in range(len(r3.ATTRIBUTES))}
+    for response in group.responses:
+        said = re.findall(r"[^.?]+[.?]", response.text)
+        told = len({s.strip() for s in said} & asked)
+        assert response.scores == {"gold": pytest.approx(2 * told / (len(said) + len(asked))), "recall": told / len(asked)}
+        assert sum(response.meta["moves"].values()) == len(said)
+    assert max(r.scores["gold"] for r in group.responses) > 0.2
+
+
+def test_proxies_are_the_switches_of_r3():
+    world = r3.World(1, 4)
+    encoder, group = r3.Tfidf(world.corpus()), world.pool("OPENENDED", r3.HONEST, 30, 0)
+    for name, parts in r3.OPEN.items():
+        off = {f"by_{part}": False for part in ("length", "relevance", "repetition") if part not in parts}
+        expected = r3.R3(encoder, branching=False, **off)(rows_of([group]))
+        assert r3.proxies(group, encoder)[name] == pytest.approx(expected, rel=1e-12)
+    group = world.pool("CONSTRAINED", r3.HONEST, 30, 0)
+    assert r3.proxies(group, encoder)["R3"] == r3.R3(encoder)(rows_of([group]))
+
+
+def test_interval_draws_seeds_and_prompts():
+    """Two seeds that differ and do not vary within: the bootstrap mean is 0, 1/2 or 1, each end in a quarter of the draws."""
+    assert r3.interval(np.array([[0.0, 0.0], [1.0, 1.0]])) == (0.5, 0.0, 1.0)
+    narrow, wide = (r3.interval(np.random.default_rng(0).normal(size=(3, n))) for n in (400, 4))
+    assert narrow[2] - narrow[1] < 0.25 < wide[2] - wide[1]
+
+
+def test_a_failed_claim_of_r3_is_seen():
+    """Were R3 what relevance is, it would be hacked as that is."""
+    table = r3.measured(0, 4, 32)
+    for setting in table.values():
+        setting["R3"] = setting["relevance"]
+    found = {setting: r3.curves([table], setting) for setting in r3.SETTINGS}
+    verdicts = r3.claims([table], found, toy=False)
+    assert not any(held for claim, held in verdicts.items() if claim.startswith(("open, R3", "constrained")))
+    assert [held for claim, held in verdicts.items() if claim.startswith("open, relevance alone")] == [True]
+
+
+def test_toy_of_r3(tmp_path, monkeypatch):
+    assert main(r3, monkeypatch, "--toy", "--out", tmp_path) == 0
+    assert len(json.loads((tmp_path / "results.json").read_text())["claims"]) == 2
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+# ---------------------------------------------------------------------------------------------------------- rewards/hh
+real = pytest.mark.skipif(not rewards_hh.DATA.is_dir(), reason="the data subsets are not beside the repository")
+
+
+def test_groups_are_divided_without_loss():
+    groups = [rewards_hh.Group(f"question {n}", []) for n in range(10)]
+    train, held_out = rewards_hh.divided(groups, 0.2)
+    assert len(held_out) == 2 and {g.prompt for g in train + held_out} == {g.prompt for g in groups}
+
+
+def test_a_reward_model_below_the_floor_is_seen():
+    """300 pairs: half a 95 % interval of an accuracy of .6 is 1.96 sqrt(.24 / 300) = .0554."""
+    assert rewards_hh.half_width(0.6, 300) == pytest.approx(0.0554, abs=1e-4)
+    cell = {"accuracy": 0.9, "interval": [0.8, 0.95]}
+    tables = {"GSM8K": {"GSM8K solutions": dict.fromkeys(["final answer", "BLEU", "chrF", "ROUGE-L"], cell)}}
+    for mean, held in ((0.62, [True, True]), (0.57, [False, True]), (0.53, [False, False])):
+        seeds = {"HH helpful": {"mean": mean, "TF-IDF floor": 0.62, "half width from the test pairs": 0.055}}
+        assert list(rewards_hh.claims(tables, seeds, {"solutions": 100, "disagree": 2}).values()) == [*held, False, False]
+
+
+@real
+def test_final_answers_agree_with_the_labels_and_overlap_does_less():
+    report, solutions = rewards_hh.on_solutions(rewards_hh.DATA, rewards_hh.TOY)
+    found = rewards_hh.shares({"sets": report["sets"]})["GSM8K solutions"]
+    assert solutions == {"solutions": 256, "disagree": 0} and found["final answer"]["accuracy"] == 1.0
+    assert 0.6 < found["ROUGE-L"]["accuracy"] < 1.0
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [["--toy"], []], ids=["toy", "full"])
+def test_all_rewards_on_the_same_pairs(size, tmp_path, monkeypatch):
+    assert main(rewards_hh, monkeypatch, *size, "--out", tmp_path, "--pages", tmp_path / "pages") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["claims"]) == (2 if size else 10) and (tmp_path / "pages" / "HH_helpful" / "bench.html").exists()
 
 
 def main(study, monkeypatch, *arguments) -> int:

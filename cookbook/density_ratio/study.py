@@ -71,7 +71,7 @@ def study(folder: Path, warm_up: int, rungs: tuple[int, ...], pairs: int, seed: 
     held, good_text = rows_of(world.pairs(pairs)), world.texts(200, 1.0)
     fresh = rows_of([Group("?", [Response(text.removeprefix("? "))]) for text in good_text])
     model = tiny.language_model(len(world.tokenizer), width=32, seed=seed)
-    tiny.warm_up(model, world.texts(4000, 0.5), world.tokenizer, steps=warm_up, seed=seed)
+    tiny.warm_up(model, world.texts(min(4000, 64 * warm_up), 0.5), world.tokenizer, steps=warm_up, seed=seed)
 
     def saved(name: str):
         model.save_pretrained(folder / name)
@@ -79,14 +79,15 @@ def study(folder: Path, warm_up: int, rungs: tuple[int, ...], pairs: int, seed: 
         return likelihood(str(folder / name), encoding=Encoding(add_eos=False))
 
     weak = saved(f"weak-{seed}")
-    taught, good = model, world.texts(4000, 1.0)
+    good = world.texts(min(4000, 64 * sum(rungs)), 1.0)
     found: dict[str, list[float]] = {}
     for rung, steps in enumerate((0, *rungs)):
         if steps:
-            tiny.warm_up(taught, good, world.tokenizer, steps=steps, lr=1e-3, seed=seed + rung)
+            tiny.warm_up(model, good, world.tokenizer, steps=steps, lr=1e-3, seed=seed + rung)
         strong = saved(f"strong-{seed}-{rung}")
         alone = strong(held)
-        row = {"gap": mean_logp(strong, fresh) - mean_logp(weak, fresh), "density ratio": accuracy(DensityRatio(strong, weak)(held)),
+        row = {"gap": mean_logp(strong, fresh) - mean_logp(weak, fresh),
+               "density ratio": accuracy(DensityRatio(strong, weak)(held)),
                "density ratio per token": accuracy(DensityRatio(strong, weak, per_token)(held)),
                **{f"strong model alone, {name}": accuracy([form(x) for x in alone]) for name, form in FORMS.items()}}
         for name, value in row.items():
@@ -108,9 +109,11 @@ def claims(tables: list[dict]) -> dict[str, bool]:
     rank = correlations(tables)
     mean, half = tiny.interval(rank)
     low = mean - half if len(rank) > 1 else mean
-    return {f"{len(tables[0]['gap']) - 1} rungs: ranking accuracy grows with the gap (Spearman above 0.8, its 95 % interval too)": low > 0.8,
+    return {f"{len(tables[0]['gap']) - 1} rungs: ranking accuracy grows with the gap (Spearman above 0.8, its 95 % interval too)":
+            low > 0.8,
             "a model over itself ranks nothing: 50 %": all(t["density ratio"][0] == 0.5 for t in tables),
-            "at the largest gap the density ratio is right in more than 90 % of pairs": np.mean([t["density ratio"][-1] for t in tables]) > 0.9,
+            "at the largest gap the density ratio is right in more than 90 % of pairs":
+            np.mean([t["density ratio"][-1] for t in tables]) > 0.9,
             "log-probabilities of the strong model alone are confounded by length: below 70 % at every rung":
             all(max(t["strong model alone, sum"]) < 0.7 for t in tables)}
 
@@ -128,10 +131,10 @@ def figure(path: Path, tables: list[dict]) -> None:
     for name, colour in (("density ratio", tiny.RED), ("density ratio per token", tiny.ORANGE),
                          ("strong model alone, sum", tiny.BLUE), ("strong model alone, mean", tiny.GREY)):
         for t in tables:
-            axes.plot(np.array(t["gap"]), t[name], "o-", color=colour, ms=3, lw=0.8, alpha=0.6, label=name if t is tables[0] else None)
+            axes.plot(t["gap"], t[name], "o-", color=colour, ms=3, lw=0.8, alpha=0.6, label=name if t is tables[0] else None)
     axes.set(xlabel="gap: nats per token on good text", ylabel="ranking accuracy", ylim=(0.4, 1.02),
              title="The larger the gap, the better the reward")
-    axes.legend(loc="center right", fontsize=7)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     page.tight_layout()
     page.savefig(path)
 

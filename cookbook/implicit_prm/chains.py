@@ -1,9 +1,11 @@
-"""Chains of sums, and the writer who makes at most one mistake, with whose result the chain goes on.
+"""Chains of sums, and a careless writer whose slips are as likely as what is right: only outcomes tell them apart.
 
     5 ? 5 + 3 = 8 ; 8 - 2 = 6 ; 6 + 1 = 7 ;         right
-    5 ? 5 + 3 = 8 ; 8 - 2 = 7 ; 7 + 1 = 8 ;         step 2 is wrong, step 3 goes on from it
+    5 ? 5 + 3 = 8 ; 8 - 2 = 7 ; 7 + 1 = 8 ;         step 2 is one off, and step 3 goes on from it
 """
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 
@@ -15,18 +17,19 @@ WORDS = [*map(str, range(LARGEST + 1)), "+", "-", "=", ";", "?"]
 tokenizer = tiny.tokenizer(WORDS)
 
 
-def written(draw: np.random.Generator, start: int, steps: int, wrong: int | None = None) -> Response:
-    """A worked chain. Step `wrong` has a result that is off by one or two. The labels of the steps after it are unknown."""
+def written(draw: np.random.Generator, start: int, steps: int, wrong: Collection[int] = ()) -> Response:
+    """A worked chain whose steps `wrong` have a result that is one off. What follows the first of them has no label."""
     total, lines = start, []
     for k in range(steps):
         signed = int(draw.choice([n for n in range(-OPERAND, OPERAND + 1) if n and 0 <= total + n <= LARGEST]))
         result = total + signed
-        if k == wrong:
-            result = int(draw.choice([r for r in range(result - 2, result + 3) if r != result and 0 <= r <= LARGEST]))
+        if k in wrong:
+            result += 1 if result < LARGEST else -1
         lines.append(f"{total} {'+' if signed > 0 else '-'} {abs(signed)} = {result} ;")
         total = result
-    labels = [1.0] * steps if wrong is None else [1.0] * wrong + [0.0] + [None] * (steps - wrong - 1)
-    return Response("\n".join(lines), meta={"steps": lines, "step_labels": labels, "wrong": wrong})
+    first = min(wrong, default=None)
+    labels = [1.0] * steps if first is None else [1.0] * first + [0.0] + [None] * (steps - first - 1)
+    return Response("\n".join(lines), meta={"steps": lines, "step_labels": labels, "wrong": first})
 
 
 def first_wrong(text: str) -> int | None:
@@ -45,11 +48,13 @@ def first_wrong(text: str) -> int | None:
 def group(draw: np.random.Generator, steps: int, right: list[bool]) -> Group:
     """A prompt with right and wrong answers, marked by their outcome alone."""
     start = int(draw.integers(LARGEST + 1))
-    answers = [written(draw, start, steps, None if r else int(draw.integers(steps))) for r in right]
+    answers = [written(draw, start, steps, () if r else [int(draw.integers(steps))]) for r in right]
     return Group(f"{start} ?", answers, [float(r) for r in right])
 
 
-def sentences(draw: np.random.Generator, n: int, steps: int, slips: float) -> list[str]:
-    """What the language model learns from: worked chains, a share of them with a mistake."""
-    found = [group(draw, steps, [bool(draw.random() >= slips)]) for _ in range(n)]
-    return [f"{g.prompt} {g.responses[0].text}" for g in found]
+def sentences(draw: np.random.Generator, n: int, steps: int) -> list[str]:
+    """What the language model learns from: worked chains in which every step is wrong half of the time."""
+    starts = draw.integers(LARGEST + 1, size=n).tolist()
+    slips = (draw.random((n, steps)) < 0.5).tolist()
+    return [f"{start} ? {written(draw, start, steps, [k for k, slip in enumerate(row) if slip]).text}"
+            for start, row in zip(starts, slips, strict=True)]

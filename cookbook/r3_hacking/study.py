@@ -74,7 +74,8 @@ class World:
                 move = "fact" if said[-1] == self.fact(thing, attribute) and attribute in asked else "wrong"
                 told |= {attribute} if move == "fact" else set()
             elif move == "elsewhere":
-                said.append(self.fact(int(draw.integers(len(self.names))), attribute))
+                other = thing + int(draw.integers(1, len(self.names)))
+                said.append(self.fact(other % len(self.names), attribute))
             elif move == "keywords":
                 said.append(" ".join(draw.permutation(2 * group.prompt.rstrip("?").split())) + ".")
             elif move == "filler":

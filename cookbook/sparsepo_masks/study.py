@@ -15,8 +15,8 @@ from cookbook import tiny
 from data_tools.batch import Batch
 from data_tools.collate import Encoding, collate
 from data_tools.records import Group, Response
+from prefopt.checkpoints import read_parts
 from prefopt.config import assemble
-from prefopt.evaluation import learned
 from prefopt.forward import fill, forward
 from prefopt.models import Models
 
@@ -118,7 +118,7 @@ def masks(recipe: str, departures: dict, models: Models, batch: Batch, folder: P
     trunk = models.policy_model()
     for module in objective.modules():
         module.setup(layers=trunk.layer_count, width=trunk.width)
-    learned(objective, folder)
+    read_parts(folder, objective)
     batch = forward(models, batch, {"states_ref"})
     return {name: part(batch["states_ref"], batch["mask"])[:, 1:].numpy()
             for name, part in objective.providers.items() if part in objective.modules()}
