@@ -15,8 +15,8 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown",
                   help="Train, use and judge rewards: reward models, verifiers, judges, text metrics.")
 console, stderr = Console(highlight=False), Console(highlight=False, stderr=True)
 
-SPEC = ("`NAME`, `folder/of/a/model`, `module:function` or `{NAME: {argument: value}}` (YAML), also as `LABEL=...`. May be "
-        "repeated. `prefopt reward list` has the names.")
+SPEC = ("`NAME`, `folder/of/a/model`, a hub id, `module:function` or `{NAME: {argument: value}}` (YAML), also as `LABEL=...`. "
+        "May be repeated. `prefopt reward list` has the names.")
 Rewards = Annotated[list[str], typer.Option("--reward", "-r", metavar="REWARD", help=SPEC)]
 Format = Annotated[str | None, typer.Option(help="Format of the data. Left out: found by the keys of a record.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Stop after this many groups.")]
@@ -81,7 +81,7 @@ def list_rewards():
         arguments = ", ".join(f"{k}={v!r}" if v is not None else k for k, v in about["arguments"].items())
         table.add_row(*map(Text, (name, about["summary"], ", ".join(about["reads"]), arguments)))
     console.print(table)
-    console.print("\nTrained reward models are named by their folder. Recipes to train one: prefopt list")
+    console.print("\nTrained reward models are named by their folder or hub id. Recipes to train one: prefopt list")
 
 
 @app.command()

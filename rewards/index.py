@@ -26,6 +26,7 @@ WHERE = {
     "unit_tests": "rewards.verifiable:unit_tests", "passed_share": "rewards.verifiable:passed_share",
     "bleu": "rewards.overlap:bleu", "rouge_1": "rewards.overlap:rouge_1", "rouge_2": "rewards.overlap:rouge_2",
     "rouge_l": "rewards.overlap:rouge_l", "bleu_rouge": "rewards.overlap:bleu_rouge", "chrf": "rewards.overlap:chrf",
+    "density_ratio": "rewards.density_ratio:density_ratio",
     "r3": "rewards.relevance:R3", "apc": "rewards.persona:APC",
     "judge": "rewards.judge:judge", "panel": "rewards.judge:panel", "rating": "rewards.judge:rating",
     "weighted": "rewards.combine:weighted", "tiers": "rewards.combine:tiers", "ensemble": "rewards.combine:ensemble",

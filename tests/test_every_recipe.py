@@ -321,17 +321,19 @@ REJECTED = {                                                  # besides text, wh
     "undesirable": [-1.0],
     "l1_reward": [-0.1], "l1_kl": [-0.1], "dropout": [1.5], "every": [0], "degrees": [0], "target": [-0.1],
     "centring": [-0.1], "nu": [0.0], "levels": [1, 2.0], "tie": [-0.1], "entropy": [-0.1], "least": [0.0], "dim": [0, 3, 2.0],
-    "aspects": [0, True], "alpha": [-0.1], "omega": [-0.1], "pair": [-0.1], "amplification": [0.0], "smooth": [0.0]}
+    "aspects": [0, True], "omega": [-0.1], "pair": [-0.1], "amplification": [0.0], "smooth": [0.0]}
 OWN = {("exo", "label_smoothing"): [0.0], ("ld_dpo", "alpha"): [-0.1, 1.1], ("tr_dpo", "alpha"): [0.0, 1.1],
        ("dice", "alpha"): [-0.1], ("love", "desirable"): [0.0], ("love", "undesirable"): [0.0],
        ("cpl", "alpha"): [0.0], ("cpl_kl", "alpha"): [0.0], ("rpo_mean", "alpha"): [-1.0], ("rso", "gamma"): [0.0],
        ("rso_hinge", "gamma"): [0.0], ("rso_hinge_norm", "gamma"): [0.0], ("rationale", "gamma"): [-1.0],
-       ("rationale_released", "gamma"): [-1.0], ("spo_degree", "gamma"): [-1.0]}
+       ("rationale_released", "gamma"): [-1.0], ("spo_degree", "gamma"): [-1.0],
+       ("tool_augmented", "alpha"): [-0.1]}
 
 
 @pytest.mark.parametrize("name, argument", ARGUMENTS)
 def test_arguments_are_checked(name, argument):
-    for value in ["1e-1", *REJECTED.get(argument, []), *OWN.get((name, argument), [])]:
+    rejected = [-0.1] if (name, argument) == ("tool_augmented", "beta") else REJECTED.get(argument, [])      # a weight there
+    for value in ["1e-1", *rejected, *OWN.get((name, argument), [])]:
         with pytest.raises(ValueError, match=f"^{argument} must be"):
             getattr(recipes, name)(**{argument: value})
 

@@ -18,7 +18,9 @@ from test_cli import prefopt
 from data_tools import load
 from prefopt import doctor
 from rewards import cli, sandbox, trained
+from rewards.base import rows_of
 from rewards.serve import Server
+from rewards.verifiable import final_answer
 from rewards.web import post
 
 ROOT = Path(__file__).parents[1]
@@ -153,16 +155,11 @@ def test_a_process_reward_model_scores_steps_without_labels(models, place):
     (found,), (named,) = scores("lines-scored.jsonl", "prm"), scores("named-scored.jsonl", "prm")
     assert found == named and len(set(found)) == 3 and 0 not in found
     (words, values), = trained.load(str(models / "prm")).tokens_of(
-        [row for row in cli_rows("lines.jsonl") if row.text == texts[2]])
+        [row for row in rows_of(list(load("lines.jsonl"))) if row.text == texts[2]])
     assert len(words) == 3 and values[-1] == pytest.approx(1 / (1 + 2.718281828459045 ** -found[2]), abs=1e-5)
     write(place / "chat.jsonl", [{"prompt": "w9 ", "responses": [[{"role": "assistant", "content": "w1"}]]}])
     wrong = reward("score", "chat.jsonl", "-r", models / "prm", "-o", "x.jsonl", "--on-error", "mark")
     assert wrong.code == 1 and "grades the steps of a text, and the response is a conversation" in wrong.text
-
-
-def cli_rows(path):
-    from rewards.base import rows_of
-    return rows_of(list(load(path)))
 
 
 def test_rows_that_cannot_be_scored(place):
@@ -215,7 +212,6 @@ def test_a_policy_is_no_reward_model(models, place):
 
 
 def test_a_remote_reward(place):
-    from rewards.verifiable import final_answer
     with Server([final_answer]) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -325,7 +321,7 @@ def test_every_command_of_the_page(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     shutil.copytree(ROOT / "cookbook", tmp_path / "cookbook")
     page = (ROOT / "cookbook" / "rewards" / "README.md").read_text()
-    with Server([sandboxless()], "127.0.0.1", 8123) as server:
+    with Server([final_answer]) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -334,7 +330,7 @@ def test_every_command_of_the_page(tmp_path, monkeypatch):
                     exec(compile(block, "README.md", "exec"), {})
                     continue
                 for line in block.splitlines():
-                    words = shlex.split(line)
+                    words = shlex.split(line.replace("http://127.0.0.1:8123", server.url))
                     if words[:3] == ["prefopt", "reward", "serve"] or words[0] == "curl":
                         continue
                     if words[0] == "python":
@@ -348,8 +344,3 @@ def test_every_command_of_the_page(tmp_path, monkeypatch):
     (ranked,) = [scores("runs/rewards/scored.jsonl", "bt")]
     assert all(better > worse for better, worse in ranked)
     assert scores("runs/rewards/programs.jsonl", "passed_share") == [[1.0, 0.5, 0.0]]
-
-
-def sandboxless():
-    from rewards.verifiable import final_answer
-    return final_answer

@@ -313,7 +313,7 @@ def test_final_answers_agree_with_the_labels_and_overlap_does_less():
 def test_all_rewards_on_the_same_pairs(size, tmp_path, monkeypatch):
     assert main(rewards_hh, monkeypatch, *size, "--out", tmp_path, "--pages", tmp_path / "pages") == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["claims"]) == (2 if size else 10) and (tmp_path / "pages" / "HH_helpful" / "bench.html").exists()
+    assert len(results["claims"]) == (2 if size else 8) and (tmp_path / "pages" / "HH_helpful" / "bench.html").exists()
 
 
 def main(study, monkeypatch, *arguments) -> int:

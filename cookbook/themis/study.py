@@ -110,12 +110,6 @@ def problems(seed: int, n: int, tools: bool) -> list[Group]:
     return random.Random(seed).sample(made, len(made))
 
 
-def asked(group: Group) -> Group:
-    """What a reward is asked: the bare question and the bare answers."""
-    bare = [Response(r.meta["segments"][0][0].removeprefix(" ").removesuffix("\n### ASSISTANT:\n")) for r in group.responses]
-    return Group(group.prompt.removeprefix("### USER:\nQuestion: ").removesuffix("\nAnswer:"), bare, [1.0, 0.0])
-
-
 # ------------------------------------------------------------------------------------------------------------ backbone
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words of the problems, pairs of digits, and signs; any other word is unknown."""
@@ -184,25 +178,28 @@ def right(reward, groups: list[Group]) -> np.ndarray:
 
 def sets(n: int) -> dict[str, list[Group]]:
     """Held-out problems of each kind and, where they are, the samples of the corpus."""
-    rng = random.Random(-1)
-    out = {kind: [asked(pair(rng, kind, False)) for _ in range(n)] for kind in KINDS}
+    rng = random.Random(99)
+    out = {kind: [graded(*KINDS[kind](rng)[:2]) for _ in range(n)] for kind in KINDS}
     if DATA.is_dir():
         out["real calendar"] = [spelt(group) for group in load(DATA / "calendar.jsonl.gz")]
-        out["real arithmetic"] = [bare(group) for group in load(DATA / "calculator.jsonl.gz")]
+        out["real arithmetic"] = [g for g in map(bare, load(DATA / "calculator.jsonl.gz")) if all(r.text for r in g.responses)]
         out["real arithmetic, wrong equation"] = [g for g in out["real arithmetic"] if "incorrect" in TOOLS.call(
             "calculator", g.responses[1].text).text]
     return out
 
 
+def graded(right: str, wrong: str) -> Group:
+    return Group(ASKED, [Response(right), Response(wrong)], [1.0, 0.0])
+
+
 def spelt(group: Group) -> Group:
     """Wednesday as others spell it: in the samples only wrong answers say Wendesday."""
-    return Group(ASKED, [Response(r.text.replace("Wendesday", "Wednesday")) for r in group.responses], [1.0, 0.0])
+    return graded(*(r.text.replace("Wendesday", "Wednesday") for r in group.responses))
 
 
 def bare(group: Group) -> Group:
     """The equations of worked answers, without the prose, which a model of these few words cannot read."""
-    return Group(ASKED, [Response(written(calculator.steps("".join(re.findall("<<.*?>>", r.text))))) for r in group.responses],
-                 [1.0, 0.0])
+    return graded(*(written(calculator.steps("".join(re.findall("<<.*?>>", r.text)))) for r in group.responses))
 
 
 def study(folder: Path, start: str, steps: int, held_out: int, seed: int) -> dict:
@@ -239,7 +236,7 @@ def claims(found: list[dict], toy: bool) -> dict[str, bool]:
         return {"both arms grade all pairs": all(0 <= x <= 1 for one in found for arm in ("tools", "no tools")
                                                  for x in one[arm].values())}
     out = {f"{name}: tools on beats tools off, 95 % interval of the difference over seeds": ahead(name)
-           for name in found[0]["tools"] if name.startswith("real") or name in ("weekday", "arithmetic")}
+           for name in ("weekday", "arithmetic", "real calendar", "real arithmetic, wrong equation") if name in found[0]["tools"]}
     return out | {f"{name}: at least 95 % of held-out synthetic pairs with tools": np.mean(of("tools", name)) >= 0.95
                   for name in ("weekday", "arithmetic")}
 
@@ -252,12 +249,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         start = backbone(Path(folder), settings["backbone"])
         found = tiny.over_seeds(partial(study, Path(folder), start, settings["steps"], settings["held_out"]), settings["seeds"])
-    pairs = {name: len(groups) for name, groups in sets(settings["held_out"]).items()}
+    asked = sets(settings["held_out"])
+    pairs = {name: len(groups) for name, groups in asked.items()}
+    longer = {name: float(right(lambda rows: [len(row.text) for row in rows], groups).mean()) for name, groups in asked.items()}
     for name, n in pairs.items():
-        print(f"{name:>40} {n:4} pairs", *(f"  {arm} {tiny.shown([one[arm][name] for one in found], 3)}"
-                                          for arm in ("tools", "no tools")))
+        print(f"{name:>32} {n:4} pairs, the longer answer {longer[name]:.3f}",
+              *(f"  {arm} {tiny.shown([one[arm][name] for one in found], 3)}" for arm in ("tools", "no tools")))
     print("calls", [one["calls"] for one in found])
-    return tiny.conclude(options.out, {"settings": settings, "pairs": pairs, "seeds": found}, claims(found, options.toy))
+    results = {"settings": settings, "pairs": pairs, "longer": longer, "seeds": found}
+    return tiny.conclude(options.out, results, claims(found, options.toy))
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def models_of(folder: Path, train: list[Group], size: dict, epochs: int) -> tupl
 
 
 def shares(report: dict) -> dict:
-    """{set: {model: [accuracy, low, high]}} of a report, tied and unscored pairs where there are any."""
+    """{set: {"pairs": ..., model: {accuracy, interval}}} of a report, tied and unscored pairs where there are any."""
     def row(found: dict) -> dict:
         return {"accuracy": round(found["share"], 4), "interval": [round(x, 4) for x in found["interval_groups"]],
                 **{k: found[k] for k in ("tied", "unscored") if found[k]}}
@@ -231,8 +231,6 @@ def claims(tables: dict, seeds: dict, solutions: dict) -> dict[str, bool]:
             found = tables[name]
             out[f"trained on {name}: every head is right at least 10 points more often there than on {other}"] = \
                 all(found[name][head]["accuracy"] - found[other][head]["accuracy"] >= 0.1 for head in HEADS)
-            out[f"trained on {name}: Bradley-Terry is worse than chance on {other}, with its whole interval"] = \
-                found[other]["bradley_terry"]["interval"][1] < 0.5
     out["GSM8K: the final answer agrees with is_correct on 99 % of solutions"] = \
         solutions["disagree"] <= 0.01 * solutions["solutions"]
     found = tables["GSM8K"]["GSM8K solutions"]
