@@ -18,7 +18,7 @@ from prefopt import parts
 __all__ = ["WHERE", "describe", "find"]
 
 WHERE = {
-    "trained": "rewards.trained:load",
+    "trained": "rewards.trained:load", "tool_augmented": "rewards.tool_augmented:load",
     "final_answer": "rewards.verifiable:final_answer", "math_equal": "rewards.verifiable:math_equal",
     "choice": "rewards.verifiable:choice", "choice_share": "rewards.verifiable:choice_share",
     "has_boxed": "rewards.verifiable:has_boxed", "tags_once": "rewards.verifiable:tags_once",

@@ -22,7 +22,7 @@ from data_tools.records import Group, Response
 from prefopt.models import load_policy, load_tokenizer
 from prefopt.rollout.transformers import continuations
 from rewards import trained
-from rewards.base import Row, ScoringError
+from rewards.base import Reward, Row, ScoringError
 from rewards.cached import by_length
 from rewards.tools import Tools, calculator, calendar, parse, python
 
@@ -216,7 +216,7 @@ def extend(found: Trace, written: str) -> None:
 
 
 def load(name: str, *, tools: Callable[[Row], Tools] = known_tools, interactions: int = 3, max_new_tokens: int = 256,
-         **settings) -> ToolAugmented:
+         **settings) -> Reward:
     """A reward from a folder that `prefopt train` wrote for `tool_augmented`; `settings` are those of `rewards.trained.load`."""
     reader = trained.load(name, **settings)
     missing = [mark for mark in MARKS if mark not in reader.models.tokenizer.get_vocab()]

@@ -51,6 +51,8 @@ def preferences(reads: set[str]) -> tuple[Batch, Batch]:
     random = torch.Generator().manual_seed(4)
     if "rewards" in reads:
         whole = whole.with_columns(rewards=torch.rand(whole.N, 2, generator=random))
+    if "segment" in reads:
+        whole = whole.with_columns(segment=torch.randint(4, whole["mask"].shape, generator=random).double())
     if "step_label" in reads:
         marks = torch.rand(whole["mask"].shape, generator=random).round()
         whole = whole.with_columns(step_label=torch.where(whole["mask"].bool(), marks, torch.nan))

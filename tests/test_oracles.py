@@ -413,6 +413,25 @@ def process(r):
     return sum(losses) / len(losses)
 
 
+def written(r, segments):
+    """Mean of -log pi over the tokens of these kinds of segments; 0 where there are none."""
+    losses = [-lp for i in range(len(r.psi)) for lp, kind in zip(r.tokens(i), r.tokens(i, "segment"), strict=True)
+              if int(kind) in segments]
+    return sum(losses) / len(losses) if losses else ZERO
+
+
+def graded(r, modules):
+    head, = modules[0].weight
+
+    def score(i):
+        return sum(w * h for w, h in zip(head, r.c["last_state"][i], strict=True))
+    return r.pair_mean(lambda w, j: -ls(score(w) - score(j)))
+
+
+def tool_augmented(r, modules, alpha, beta, omega):
+    return graded(r, modules) + alpha * (written(r, {1}) + beta * written(r, {2}) + omega * written(r, {3}))
+
+
 def cross_entropy(r, score, desirable=1.0, undesirable=1.0):
     return r.row_mean(lambda i: -desirable * r.psi[i] * ls(score(i)) - undesirable * (1 - r.psi[i]) * ls(-score(i)))
 
@@ -483,6 +502,8 @@ ORACLES = {
     "implicit_ce": lambda r, beta: cross_entropy(r, lambda i: beta * r.rho(i)),
     "implicit_dpo": dpo, "implicit_kto": kto,
     "implicit_nca": of_pair(lambda w, j, beta: -ls(beta * w) - 0.5 * ls(-beta * w) - 0.5 * ls(-beta * j)),
+    "tool_augmented": tool_augmented,
+    "tool_augmented_released": lambda r, modules, pair: pair * graded(r, modules) + written(r, {1, 2, 3}),
     "mapo": lambda r, beta: masked_pair(r, beta, *[lambda i, t: r.c["activation_mask"][i, t]] * 2),
 }
 

@@ -110,13 +110,15 @@ def test_kill_9_anywhere(place, case):
 def test_kill_9_again_and_again(place):
     """Killed by the clock, several times, each time resumed."""
     settings = {"train.epochs": 8, **CASES["hypo"][1]}
+    began = time.monotonic()
     apart(plan(place, "hypo", "never-timed", **settings))
+    whole = time.monotonic() - began
     clock, kills, run = random.Random(0), 0, plan(place, "hypo", "timed", **settings)
     for _ in range(40):
         here, there = processes().Pipe(duplex=False)
         process = processes().Process(target=killed_run, args=(run, True, None, there))
         process.start()
-        process.join(clock.uniform(1, 4))
+        process.join(clock.uniform(0.3, 0.9) * whole)
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1

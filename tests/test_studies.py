@@ -1,4 +1,4 @@
-"""The studies: their mathematics by hand, their claims in seconds, and, marked slow, in full."""
+"""The studies: their mathematics by hand, their claims in seconds, and, marked study, in full."""
 import doctest
 import json
 import math
@@ -20,11 +20,12 @@ from cookbook.rdpo_noise import bandit
 from cookbook.rdpo_noise import study as rdpo
 from cookbook.rewards.hh import study as rewards_hh
 from cookbook.sparsepo_masks import study as sparse
+from cookbook.themis import study as themis
 from prefopt.config import assemble
 from rewards.base import rows_of
 
 STUDIES = {"rdpo_noise": rdpo, "lipo_lambda": lipo, "sparsepo_masks": sparse, "gpm_cycles": cycles, "implicit_prm": prm,
-           "density_ratio": density, "r3_hacking": r3}
+           "density_ratio": density, "r3_hacking": r3, "themis": themis}
 
 
 @pytest.mark.parametrize("module", [tiny, lipo, sparse, cycles, chains, prm, density, r3], ids=lambda m: m.__name__)
@@ -308,8 +309,8 @@ def test_final_answers_agree_with_the_labels_and_overlap_does_less():
 
 
 @real
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [["--toy"], []], ids=["toy", "full"])
+@pytest.mark.parametrize("size", [pytest.param(["--toy"], id="toy", marks=pytest.mark.slow),
+                                  pytest.param([], id="full", marks=pytest.mark.study)])
 def test_all_rewards_on_the_same_pairs(size, tmp_path, monkeypatch):
     assert main(rewards_hh, monkeypatch, *size, "--out", tmp_path, "--pages", tmp_path / "pages") == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -340,7 +341,7 @@ def test_exit_code_of_a_failed_claim(tmp_path, capsys):
     assert "FAILS  two is one" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("name", STUDIES)
 def test_full(name, tmp_path, monkeypatch):
     assert main(STUDIES[name], monkeypatch, "--out", tmp_path) == 0

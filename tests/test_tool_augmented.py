@@ -17,6 +17,7 @@ from prefopt.forward import fill, forward
 from prefopt.models import Models, head_of, load_policy, load_tokenizer
 from rewards import tool_augmented
 from rewards.base import rows_of
+from rewards.index import find
 from rewards.tool_augmented import MARKS, OBSERVATION, RATIONALE, TOOL, answered, extend, plain, prepare, question, trace, traced
 from rewards.tools import standard
 
@@ -277,6 +278,11 @@ def test_settings_name_the_tools(trained):
     assert trained.settings()["tools"] == "rewards.tool_augmented:known_tools" and trained.settings()["interactions"] == 3
     row, = rows_of([Group("q", [Response("def f(): return 1")], meta={"test_list": ["assert f() == 1"]})])
     assert "code_run" in trained.tools(row).tools
+
+
+def test_it_is_found_as_a_reward(trained):
+    found = find({"rewards.tool_augmented:load": {"name": str(trained.reader.folder.parent), "max_new_tokens": 4}})
+    assert isinstance(found, tool_augmented.ToolAugmented) and found.max_new_tokens == 4
 
 
 def test_a_folder_that_cannot_write_traces(tmp_path):
