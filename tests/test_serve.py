@@ -214,6 +214,6 @@ print("closed", flush=True)
         thread.join(10)
         out, err = process.communicate(timeout=10)
         assert found == [{"scores": {"slow": [4.0]}}] and out == "closed\n" and err == "" and process.returncode == 0
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 30
     finally:
         process.kill()
