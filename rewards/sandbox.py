@@ -175,11 +175,11 @@ def mode() -> str:
 
 
 def protections() -> list[tuple[str, str]]:
-    """(level, text) for `prefopt doctor`: which protections are active. Levels: ok, warning, error."""
+    """(level, text) for `prefopt doctor`: which protections are active. Levels: ok, warning, missing."""
     try:
         found = mode()
     except SandboxError as error:
-        return [("error", str(error))]
+        return [("missing", str(error))]
     limits = Limits()
     lines = [("ok", f"limits of each program: {limits.seconds:g} s, {limits.memory // MB} MB and {limits.processes} processes, "
                     f"{limits.disk // MB} MB of files; all its processes are killed at the end")]

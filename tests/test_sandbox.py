@@ -11,7 +11,7 @@ import pytest
 from rewards import sandbox
 from rewards.sandbox import Limits, SandboxError, protections, run, run_tests
 
-pytestmark = pytest.mark.skipif(protections()[0][0] == "error", reason="no sandbox on this machine")
+pytestmark = pytest.mark.skipif(protections()[0][0] == "missing", reason="no sandbox on this machine")
 SHORT = Limits(seconds=0.5)
 NAMESPACES = len(protections()) == 2 and protections()[1][0] == "ok"
 boxed_only = pytest.mark.skipif(not NAMESPACES, reason="no namespaces on this machine")
@@ -269,7 +269,7 @@ def test_without_protection_nothing_runs(monkeypatch):
     monkeypatch.setattr(sandbox, "trials", lambda: {"root": "unshare: Operation not permitted", "uid": "Permission denied"})
     with pytest.raises(SandboxError, match="not run here.*unshare: Operation not permitted.*Start as root"):
         run("print(1)")
-    assert protections()[0][0] == "error"
+    assert protections()[0][0] == "missing"
 
 
 def test_without_namespaces_the_doctor_warns(monkeypatch):

@@ -23,7 +23,7 @@ from rewards.tools.services import http as service
 
 THEMIS = Path(__file__).parents[1].parent / "shared" / "data" / "themis"
 real_data = pytest.mark.skipif(not THEMIS.exists(), reason="real data are not here")
-sandboxed = pytest.mark.skipif(protections()[0][0] == "error", reason="no sandbox on this machine")
+sandboxed = pytest.mark.skipif(protections()[0][0] == "missing", reason="no sandbox on this machine")
 
 
 def answers(name):

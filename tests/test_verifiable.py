@@ -38,7 +38,7 @@ from rewards.verifiable import (
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.exists(), reason="real data are not here")
 algebra = pytest.mark.skipif(find_spec("math_verify") is None, reason="math-verify is not installed")
-sandboxed = pytest.mark.skipif(protections()[0][0] == "error", reason="no sandbox on this machine")
+sandboxed = pytest.mark.skipif(protections()[0][0] == "missing", reason="no sandbox on this machine")
 
 
 def records(name):

@@ -54,6 +54,8 @@ def chosen(groups: list[Group], tokenizer: PreTrainedTokenizerFast) -> list[torc
 def warm_start(model: LlamaForCausalLM, rows: list[torch.Tensor], *, steps: int, batch: int = 8, length: int = 256,
                lr: float = 2e-3, seed: int = 0) -> float:
     """Next-token training on the rows, one after the other in blocks of `length`; returns the mean loss of 10 last steps."""
+    if (tokens := sum(map(len, rows))) < length:
+        raise ValueError(f"all dialogues together have {tokens} tokens, and a block has {length}: give more dialogues")
     order, blocks, losses = random.Random(seed), torch.empty(0, length, dtype=torch.long), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
