@@ -293,7 +293,7 @@ def test_serve(place):
 @pytest.mark.parametrize("tried, code, said", [
     ({"root": ""}, 0, "namespaces: no network"),
     ({"root": "unshare: Operation not permitted", "uid": ""}, 0, "warning an unprivileged user id, but no namespaces"),
-    ({"user": "unshare: Operation not permitted"}, 1, "sandbox code that a model wrote is not run here")])
+    ({"user": "unshare: Operation not permitted"}, 0, "sandbox code that a model wrote is not run here")])
 def test_the_doctor_knows_what_protects(monkeypatch, tried, code, said):
     monkeypatch.setattr(sandbox, "trials", lambda: tried)
     monkeypatch.setattr(doctor, "training", lambda: iter(()))
