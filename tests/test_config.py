@@ -323,6 +323,11 @@ def test_no_recipe_departs_from_itself(recipe):
     assert departures(planned(recipe)) == {"recipe": recipe}
 
 
+def test_a_flip_correction_given_as_labels_is_unbounded():
+    assert not planned("dpo", labels={"unflip": {"flip": 0.3}}).objective().bounded
+    assert planned("dpo", labels={"unflip": {"flip": 0.0}}).objective().bounded
+
+
 def test_aspects_and_outputs_must_agree():
     with pytest.raises(ValueError, match="learns 2 aspects, and data.encoding.aspects names none"):
         make({**BASE, "recipe": "multi_objective"})

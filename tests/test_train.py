@@ -476,3 +476,28 @@ def test_bad_records_can_be_skipped(place, tmp_path):
     with pytest.warns(UserWarning, match="skipped: 2 of 4 records are good"):
         go(place, "dpo", "skipped", **STILL, **{"data.train": path, "data.on_bad": "skip", "train.steps": 1})
     assert json.loads((place / "skipped" / "versions.json").read_text())["data"]["train_groups"] == 2
+
+
+# --------------------------------------------------------------------------------------------- what is not paid for twice
+def test_steps_that_are_not_logged_measure_nothing(place, monkeypatch):
+    """Diagnostics run at logged steps and in evaluations only, and training does not change."""
+    from prefopt import objectives
+    calls, measured = [], objectives.measured
+    monkeypatch.setattr(objectives, "measured", lambda *a: calls.append(1) or measured(*a))
+    go(place, "dpo", "every-step", **{"train.eval_every": 6, "train.epochs": 3})
+    often = len(calls)
+    go(place, "dpo", "every-third", **{"train.eval_every": 6, "train.log_every": 3, "train.epochs": 3})
+    assert len(calls) - often < 0.7 * often
+    assert [line["step"] for line in lines(place / "every-third") if "loss" in line] == [3, 6]
+    one, other = ((place / name / "model/model.safetensors").read_bytes() for name in ("every-step", "every-third"))
+    assert one == other
+
+
+def test_an_evaluation_goes_on_from_the_memory_of_training(place):
+    """BCO's running shift is beside the model: the loss is that of the last evaluation of the run."""
+    from prefopt import evaluation
+    result = go(place, "bco", "shifted", **{"train.epochs": 3})
+    found = evaluation.evaluate(evaluation.plan(str(place / "shifted")))
+    assert found["loss"] == pytest.approx(result.metrics["eval/loss"], rel=1e-5)
+    (place / "shifted/model/prefopt.json").unlink()
+    assert evaluation.evaluate(evaluation.plan(str(place / "shifted")))["loss"] != pytest.approx(found["loss"], rel=1e-5)
