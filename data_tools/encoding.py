@@ -296,7 +296,9 @@ def segments(response: Response) -> list[tuple[str, float | None]]:
     """
     if "segments" in response.meta:
         return [(text, float(number)) for text, number in response.meta["segments"]]
-    steps = response.meta.get("steps", [])
+    steps = response.meta.get("steps")
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+        return []                                             # a field of another meaning
     marks = response.meta.get("step_labels", [None] * len(steps))
     if len(marks) != len(steps):
         raise DataError("wrong label", f"the response has {len(steps)} steps and {len(marks)} step_labels")
@@ -309,8 +311,10 @@ def segments(response: Response) -> list[tuple[str, float | None]]:
 def cut(response: Response, pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
     """The pieces cut at the ends of the response's segments; what a template puts around them goes to the outer ones."""
     parts = [text for text, _ in segments(response)]
-    if not parts or not isinstance(response.text, str):
+    if not parts:
         return pieces
+    if not isinstance(response.text, str):
+        raise DataError("wrong steps", "the response is a conversation, and steps (or segments) are parts of one text")
     (whole, trains), = pieces
     before, found, after = whole.partition("".join(parts))
     if not found:

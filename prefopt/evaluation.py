@@ -100,10 +100,12 @@ def evaluate(run: Run) -> dict[str, float]:
     from prefopt import setup
     from prefopt.checkpoints import read_parts
     from prefopt.folder import dataset
+    from prefopt.models import check_head
     from prefopt.train import evaluate
     disable_progress_bar()
     accelerator = setup.accelerator(run)
     objective = run.objective()
+    check_head(run.policy.name, objective)
     tokenizer = setup.tokenizer(run, objective)
     with TemporaryDirectory() as cache:
         data = dataset(run.model_copy(update={"data": run.data.model_copy(update={"cache": cache})}), tokenizer, True)

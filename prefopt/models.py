@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,22 @@ def head_of(objective) -> Head:
     if "token_reward" in objective.reads():
         return Head("AutoModelForTokenClassification", "TOKEN_CLS", objective.outputs)
     return Head("AutoModelForSequenceClassification", "SEQ_CLS", objective.outputs)
+
+
+def check_head(name: str, objective) -> None:
+    """An error where a model folder does not end in the head that the objective reads: loading would make one up at random."""
+    want, path = head_of(objective), Path(name) / "config.json"
+    if not want.outputs or not path.exists():                 # a hub id, an adapter: loading has its own checks
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    made = " ".join(config.get("architectures") or ["an unknown model"])
+    if not made.endswith(want.auto.removeprefix("AutoModel")):
+        raise ValueError(f"{name} is not a reward model of this recipe: it holds {made}, and that needs a model "
+                         f"{want.auto.removeprefix('AutoModel')}. Train one with prefopt reward train, or name its recipe")
+    labels = len(config.get("id2label") or {0: "", 1: ""})
+    if labels != want.outputs:
+        raise ValueError(f"{name} is not a reward model of this recipe: its head has {labels} outputs, and the recipe "
+                         f"{want.outputs}")
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

@@ -254,7 +254,7 @@ class PreferenceObjective:
             extra = term.weight * weighted(batch[f"unit@{key}"], bind(term.part, groups), term.part)
             metrics[f"loss/{key}"] = extra.detach()
             total = total + extra
-        wanted = {**PAIR_METRICS, **ROW_METRICS, **({} if self.score else MARGIN_METRICS)}
+        wanted = {**PAIR_METRICS, **ROW_METRICS, **({} if self.score is not None else MARGIN_METRICS)}
         return Loss(total, lambda: {**metrics, **measured(wanted, batch, groups)})
 
     def measure(self, batch: Batch, metrics: Mapping[str, Part]) -> dict[str, Tensor]:

@@ -26,11 +26,13 @@ from prefopt.config import assemble
 from prefopt.findings import exists
 from prefopt.folder import content
 from prefopt.forward import fill, forward, frozen_models
-from prefopt.models import Models, head_of, load_policy, load_tokenizer, prepare_padding
-from prefopt.parts import needs
+from prefopt.models import Models, check_head, head_of, load_policy, load_tokenizer, prepare_padding
+from prefopt.parts import hyperparameters, needs, to_spec
+from prefopt.parts import name as part_name
 from prefopt.scores import output
 from rewards.base import Row, ScoringError
 from rewards.cached import by_length
+from rewards.implicit import token_rewards
 
 __all__ = ["Trained", "TrainedComparison", "TrainedReward", "load"]
 
@@ -49,7 +51,7 @@ class Reader:
 
     @cached_property
     def fingerprint(self) -> str:
-        return content(str(self.folder)).rsplit(":", 1)[1]
+        return weights(str(self.folder))
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +60,8 @@ class Reader:
     def encoded(self, groups: Sequence[Group]) -> tuple[dict[int, EncodedGroup], Counts]:
         """Encoded groups by their number; those that cannot be encoded are missing, and the counts say why."""
         counts = Counts()
-        numbered = [replace(g, meta={**g.meta, PLACE: str(n)}, relevance=None, wins=None) for n, g in enumerate(groups)]
+        numbered = [replace(g, meta={**g.meta, PLACE: str(n)}, relevance=None, wins=None,
+                            responses=[as_text(r) for r in g.responses]) for n, g in enumerate(groups)]
         return {int(e.place): e for e in encode(numbered, self.models.tokenizer, self.encoding, counts=counts)}, counts
 
     def batches(self, encoded: dict[int, EncodedGroup]) -> Iterator[tuple[list[int], Batch]]:
@@ -76,11 +79,13 @@ class Reader:
 
 @dataclass(frozen=True)
 class Trained(Reader):
-    """A model with the objective it was trained for."""
+    """A model with the objective it was trained for, and the name of its reference where it has one."""
     objective: object = None
+    reference: str = ""
 
     def settings(self) -> dict:
-        return {**super().settings(), "recipe": repr(self.objective.score)}
+        return {**super().settings(), "score": to_spec(self.objective.score), "margin": to_spec(self.objective.margin),
+                "reference": weights(self.reference) if self.reference else ""}
 
     @torch.no_grad()
     def seen(self, batch: Batch, reads: set[str]) -> Batch:
@@ -124,9 +129,8 @@ class TrainedReward(Trained):
         beta log (pi / ref) of each token of an implicit reward, whose sum is the score; sigmoid of the head's output after
         each token of a process reward model. Other reward models only grade whole responses: ValueError.
         """
-        made = self.objective.made()
-        reads = needs([made["score"]], made) if "score" in made else set()
-        if not {"logp", "logp_ref"} <= reads and not self.by_step:
+        part = self.objective.score
+        if not self.by_step and part_name(part) != "log_ratio":
             raise ValueError(f"{self.name} grades whole responses: rewards of tokens need an implicit reward model (recipes "
                              f"implicit_*, dpo and its relatives) or a process reward model (recipe process)")
         encoded, counts = self.encoded([single(row, by_step=self.by_step) for row in rows])
@@ -137,9 +141,8 @@ class TrainedReward(Trained):
             if self.by_step:
                 values = self.seen(batch, {"token_reward"})["token_reward"].sigmoid()
             else:
-                seen = self.seen(batch, reads)
-                scale = self.objective.score.keywords.get("beta", 1.0) if hasattr(self.objective.score, "keywords") else 1.0
-                values = scale * (seen["logp"] - seen["logp_ref"])
+                seen = self.seen(batch, {"logp", "logp_ref"})
+                values = token_rewards(seen["logp"], seen["logp_ref"], seen["mask"], beta=hyperparameters(part)["beta"])
             for i, n in enumerate(numbers):
                 inside = batch["mask"][i].bool()
                 words = [self.models.tokenizer.decode([t]) for t in batch["tokens"][i][inside].tolist()]
@@ -172,8 +175,19 @@ def single(row: Row, *, by_step: bool = False) -> Group:
             raise ScoringError("a process reward model grades the steps of a text, and the response is a conversation")
         steps = kept.get("steps") or lines(response.text)
         kept = {"steps": steps, "step_labels": [0.0] * len(steps)}
-    return Group(row.group.prompt, [Response(response.text, tokens=response.tokens, prompt=response.prompt, meta=kept)],
+    return Group(row.group.prompt, [Response(response.text, prompt=response.prompt, meta=kept)],
                  meta={k: v for k, v in row.group.meta.items() if k == "tools"})
+
+
+def as_text(response: Response) -> Response:
+    """The response without the tokens of the model that sampled it: a reward model reads the text with its own tokenizer."""
+    return replace(response, tokens=None, logp=None, meta={k: v for k, v in response.meta.items() if k in ("steps", "step_labels",
+                                                                                                          "segments")})
+
+
+def weights(name: str) -> str:
+    """What stands for a model in a cache: the hash of its folder's files, or its name on the hub."""
+    return content(name).rsplit(":", 1)[1] if Path(name).is_dir() else name
 
 
 def lines(text: str) -> list[str]:
@@ -217,14 +231,14 @@ def load(name: str, *, aspect: str | None = None, recipe: str | None = None, set
     if not objective.outputs and not frozen_models(reads) and "last_state" not in reads:
         raise ValueError(f"{name} was trained with {recipe!r}, which has no reward: a reward model has a head (recipes "
                          f"bradley_terry, general_preference, ...) or a reference (implicit_ce, dpo, ...)")
-    check_head(folder, objective, recipe)
+    check_head(str(folder), objective)
     tokenizer = load_tokenizer(str(folder))
     model = load_policy(str(folder), dtype=dtype, head=head_of(objective)).requires_grad_(False).eval()
     if objective.outputs:
         prepare_padding(tokenizer)
         prepare_padding(tokenizer, model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    other = None
+    other, start = None, ""
     if frozen_models(reads):
         start = reference or card.get("reference") or card.get("start")
         if not start:
@@ -237,24 +251,8 @@ def load(name: str, *, aspect: str | None = None, recipe: str | None = None, set
         module.to(device).eval()
     read_parts(folder, objective)
     kind = TrainedReward if objective.score is not None else TrainedComparison
-    return kind(Path(name).name, folder, models, Encoding(**flat(card.get("data", {}))), tokens, objective)
+    return kind(Path(name).name, folder, models, encoding, tokens, objective, start)
 
 
 def flat(data: dict) -> dict:
     return {**{k: v for k, v in data.items() if k != "encoding"}, **data.get("encoding", {})}
-
-
-def check_head(folder: Path, objective, recipe: str) -> None:
-    """An error where the folder's model does not end in the head of the recipe: loading would make one up at random."""
-    want, path = head_of(objective), folder / "config.json"
-    if not objective.outputs or not path.exists():            # a hub id, an adapter: their own checks follow
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    made = " ".join(config.get("architectures") or ["an unknown model"])
-    if not made.endswith(want.auto.removeprefix("AutoModel")):
-        raise ValueError(f"{folder} is not a reward model of recipe {recipe!r}: it holds {made}, and that needs a model "
-                         f"{want.auto.removeprefix('AutoModel')}. Train one with prefopt reward train, or name its recipe")
-    labels = len(config.get("id2label") or {0: "", 1: ""})
-    if labels != want.outputs:
-        raise ValueError(f"{folder} is not a reward model of recipe {recipe!r}: its head has {labels} outputs, and the "
-                         f"recipe {want.outputs}")

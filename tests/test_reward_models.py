@@ -1,5 +1,6 @@
 """Reward models through the loop: heads on any body, scores that do not depend on the layout, folders others can open."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tiny_models import EXACT, Float64, tiny, tokenizer
 
 from data_tools.batch import Batch
 from data_tools.collate import EncodedGroup, EncodedRow, collate, pad
-from data_tools.encoding import encode
+from data_tools.encoding import Encoding, encode
 from data_tools.fields import DataError
 from data_tools.records import Group, Response
 from prefopt import config, recipes
@@ -285,13 +286,54 @@ def test_an_aspect_that_no_score_has(place):
                                                  "data.encoding": {"aspects": ["saef", "gud"]}})
 
 
-def test_a_row_without_a_token_is_not_scored(place):
+def test_a_row_that_cannot_be_encoded_is_not_scored(place):
     go(place, "bradley_terry", "small", **{"train.steps": 1})
-    groups = [Group("w3 ", [Response("w1"), Response("", tokens=[])])]
-    with pytest.raises(ScoringError, match="response 2.*cannot be scored.*without a token"):
-        score(groups, {"bt": load(str(place / "small"))})
-    score(groups, {"bt": load(str(place / "small"))}, on_error="mark")
+    reward = replace(load(str(place / "small")), encoding=Encoding(max_length=4))
+    groups = [Group("w3 ", [Response("w1"), Response("w1", prompt="w3 w4 w5 w6 ")])]
+    with pytest.raises(ScoringError, match="response 2.*cannot be scored.*no room"):
+        score(groups, {"bt": reward})
+    score(groups, {"bt": reward}, on_error="mark")
     assert "bt" in groups[0].responses[0].scores and "bt" not in groups[0].responses[1].scores
+
+
+def test_tokens_of_another_model_do_not_count(place):
+    """A sampled response holds its policy's ids, which mean something else here."""
+    go(place, "bradley_terry", "foreign", **{"train.steps": 1})
+    reward = load(str(place / "foreign"))
+    one, other = reward(rows_of([Group("w3 ", [Response("w1 w2"), Response("w1 w2", tokens=[9, 9, 9], logp=[0.0] * 3)])]))
+    assert one == other
+
+
+def test_settings_name_the_score_and_the_weights(place):
+    """They are the key of caches: the same in every process, and another for another beta, reference or training."""
+    for out, steps in (("key", 1), ("key-longer", 2)):
+        go(place, "implicit_ce", out, **{"train.steps": steps})
+    found = [load(str(place / "key")), load(str(place / "key")), load(str(place / "key"), set={"beta": 0.7}),
+             load(str(place / "key-longer")), load(str(place / "key"), reference=str(place / "key-longer" / "model"))]
+    keys = [json.dumps(r.settings()) for r in found]
+    assert keys[0] == keys[1] and len(set(keys)) == 4 and not any(" at 0x" in key for key in keys)
+
+
+def test_token_rewards_are_of_log_ratios_alone(place):
+    """The score of ipo is a mean over tokens: its terms are not."""
+    go(place, "ipo", "mean", **{"train.steps": 1})
+    with pytest.raises(ValueError, match="grades whole responses"):
+        load(str(place / "mean")).tokens_of([])
+
+
+def test_an_evaluation_wants_the_head_of_its_recipe(place):
+    from prefopt import evaluation
+    go(place, "bradley_terry", "judged", **{"train.steps": 1})
+    with pytest.raises(ValueError, match="its head has 1 outputs, and the recipe 2"):
+        evaluation.evaluate(evaluation.plan(str(place / "judged"), recipe="gaussian"))
+
+
+def test_steps_of_another_meaning():
+    batch = collate([Group("w9", [Response("w1 w2", meta={"steps": 3})])], tokenizer())
+    assert "step_label" not in batch
+    chat = [{"role": "assistant", "content": "w1"}]
+    with pytest.raises(DataError, match="the response is a conversation"):
+        encode([Group([{"role": "user", "content": "w9"}], [Response(chat, meta={"steps": ["w1"]})])], tokenizer())
 
 
 def test_batches_of_ten_thousand_lengths_hold_little_padding(place):
@@ -310,7 +352,7 @@ def test_batches_of_ten_thousand_lengths_hold_little_padding(place):
 
 # ------------------------------------------------------------------------------------------------------------- bad input
 def test_folders_that_are_no_reward_model(place, tmp_path):
-    with pytest.raises(ValueError, match="is not a reward model of recipe 'bradley_terry': it holds LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="is not a reward model of this recipe: it holds LlamaForCausalLM"):
         load(str(place / "model"))
     go(place, "bradley_terry", "tiny", **{"train.steps": 1})
     with pytest.raises(ValueError, match="its head has 1 outputs, and the recipe 4"):
