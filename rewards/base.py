@@ -19,7 +19,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 from data_tools.columns import nearest
@@ -100,6 +100,12 @@ class MissingField(ScoringError):
     """A row lacks a field that the reward reads."""
 
 
+@cache
+def fields_read(function: Callable) -> list[str]:
+    """The positional parameters, read once for each function."""
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+
+
 @dataclass(frozen=True)
 class RowReward:
     """A function of one row as a reward of many rows. Raises MissingField where a row lacks what it reads."""
@@ -122,15 +128,15 @@ class RowReward:
 
     def reads(self) -> list[str]:
         """The fields of a row that the function reads."""
-        return [p.name for p in inspect.signature(self.function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+        return fields_read(self.function)
 
     def arguments(self, row: Row) -> list:
-        fields = row.fields()
-        for name in self.reads():
+        fields, wanted = row.fields(), self.reads()
+        for name in wanted:
             if name not in fields:
                 raise MissingField(f"reward {self.name!r} reads the field {name!r}, which the row lacks"
                                    f"{nearest(name, fields)}; fields: {', '.join(sorted(fields))}")
-        return [fields[name] for name in self.reads()]
+        return [fields[name] for name in wanted]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Density ratio: identities of the card, customised prompts, routing, engines, bad input."""
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -188,8 +189,8 @@ def test_settings_say_what_a_score_depends_on(place, strong, weak):
 
 # -------------------------------------------------------------------------------------------------------------- bad input
 def test_rows_that_cannot_be_scored(strong, weak):
-    groups = [Group("w3 ", [Response("w1"), Response("", tokens=[])])]
-    score(groups, {"ratio": DensityRatio(strong, weak)}, on_error="mark")
+    groups = [Group("w3 ", [Response("w1"), Response("w1", prompt="w3 w4 w5 w6 ")])]
+    score(groups, {"ratio": DensityRatio(replace(strong, encoding=Encoding(max_length=4)), weak)}, on_error="mark")
     assert "ratio" in groups[0].responses[0].scores
     assert "cannot read the response: " in groups[0].responses[1].meta["unscored"]["ratio"]
     empty = DensityRatio(lambda rows: [[]] * len(rows), lambda rows: [[-1.0]] * len(rows))
