@@ -109,25 +109,52 @@ class Batch(Mapping):
         full, rest = divmod(self.groups, groups)
         return self.split([groups] * full + [rest] * (rest > 0))
 
-    def microbatches(self, tokens: int | None = None) -> Iterator[Batch]:
-        """Whole groups, in order, filled up to a budget of `tokens` real tokens; None gives one micro-batch.
+    def microbatches(self, tokens: int | None = None, whole_groups: bool = True) -> Iterator[Batch]:
+        """Micro-batches of up to `tokens` real tokens; None gives one.
 
-        A group larger than the budget is an error that names the smallest budget that works.
+        Whole groups in order; or, where a loss needs no whole groups, rows of like length, so that hardly any padding is
+        computed, without the columns that lead with B. A group (or row) larger than the budget is an error that names the
+        smallest budget that works.
         """
+        for _, part in self.pieces(tokens, whole_groups):
+            yield part
+
+    def pieces(self, tokens: int | None = None, whole_groups: bool = True) -> Iterator[tuple[Tensor, Batch]]:
+        """`microbatches`, each with the numbers of its rows in this batch."""
         if tokens is None:
-            yield self
+            yield torch.arange(self.N, device=self.index.device), self
             return
-        cost = torch.zeros(self.groups, dtype=torch.long, device=self.index.device)
         lengths = self["attend" if "attend" in self else "mask"].bool().sum(1)
-        cost = cost.index_add(0, self.index, lengths).tolist()
-        if max(cost, default=0) > tokens:
-            raise ValueError(f"a group of {max(cost)} tokens does not fit the micro-batch budget of {tokens} tokens: "
-                             f"raise train.tokens to at least {max(cost)}, or truncate with data.max_length")
-        sizes, filled = [0], 0
-        for c in cost:
-            if sizes[-1] and filled + c > tokens:
-                sizes.append(0)
-                filled = 0
-            sizes[-1] += 1
-            filled += c
-        yield from self.split([s for s in sizes if s])
+        cost = lengths
+        if whole_groups:
+            cost = torch.zeros(self.groups, dtype=torch.long, device=self.index.device).index_add(0, self.index, lengths)
+        largest = int(cost.max()) if len(cost) else 0
+        if largest > tokens:
+            raise ValueError(f"a {'group' if whole_groups else 'response with its prompt'} of {largest} tokens does not fit "
+                             f"the micro-batch budget of {tokens} tokens: raise train.tokens to at least {largest}, or "
+                             f"truncate with data.max_length")
+        order = torch.arange(len(cost), device=cost.device) if whole_groups else cost.argsort(descending=True, stable=True)
+        for run in runs(cost[order].tolist(), tokens):
+            chosen = order[run]
+            if whole_groups:
+                rows = torch.isin(self.index, chosen).nonzero().squeeze(1)
+                yield rows, self.select(rows)
+            else:
+                rows = chosen.sort().values
+                yield rows, Batch({k: v[rows] for k, v in self.items() if not column(k).dims.startswith("B")})
+
+
+def runs(cost: Sequence[int], budget: int) -> Iterator[slice]:
+    """Consecutive runs whose costs stay within the budget.
+
+    >>> [cost[run] for cost in [[3, 2, 4, 1]] for run in runs(cost, 5)]
+    [[3, 2], [4, 1]]
+    """
+    start = filled = 0
+    for n, c in enumerate(cost):
+        if n > start and filled + c > budget:
+            yield slice(start, n)
+            start, filled = n, 0
+        filled += c
+    if len(cost):
+        yield slice(start, len(cost))

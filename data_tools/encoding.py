@@ -16,7 +16,7 @@ from data_tools.records import Group, Message, Prompt, Response
 
 LONG_PROMPT = ("keep_end", "keep_start", "drop", "error")
 LONG_RESPONSE = ("keep_start", "drop", "error")
-GIVEN_BY = ("augment", "source", "user")                      # makers whose columns are read from Response.meta
+GIVEN_BY = ("augment", "sampler", "source", "user")                    # makers whose columns are read from Response.meta
 CHUNK = 1 << 20                                               # characters per call of a fast tokenizer, bounds memory
 
 

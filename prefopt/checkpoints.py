@@ -20,7 +20,7 @@ from torch import nn
 
 
 def write(folder: Path, *, model: nn.Module, tokenizer, optimizer, scheduler, source, objective, reference: list | None,
-          progress: dict, scaler=None) -> None:
+          progress: dict, critic: nn.Module | None = None, scaler=None) -> None:
     """Write a checkpoint to `folder`, atomically."""
     tensors, plain = flat_optimizer(optimizer.state_dict())
     for i, module in enumerate(objective.modules()):
@@ -33,6 +33,8 @@ def write(folder: Path, *, model: nn.Module, tokenizer, optimizer, scheduler, so
     with whole(folder) as temporary:
         model.save_pretrained(temporary / "model")
         tokenizer.save_pretrained(temporary / "model")
+        if critic is not None:
+            critic.save_pretrained(temporary / "critic")
         save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary / "state.safetensors")
         (temporary / "state.json").write_text(json.dumps(state))
 
@@ -96,8 +98,10 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
-def read(folder: Path, *, optimizer, scheduler, source, objective, reference: list | None, scaler=None) -> dict:
-    """Put everything but the model's weights back, and return the progress. The weights are in `folder / 'model'`."""
+def read(folder: Path, *, optimizer, scheduler, source, objective, reference: list | None, critic=None,
+         scaler=None) -> dict:
+    """Put everything but the models' weights back, and return the progress. The weights are in `folder / 'model'` and, of a
+    critic, in `folder / 'critic'`."""
     state = json.loads((folder / "state.json").read_text())
     tensors = load_file(folder / "state.safetensors")
     optimizer.load_state_dict(full_optimizer(tensors, state["optimizer"]))

@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -79,7 +80,8 @@ class Data(Settings):
 
 
 class Modules(Settings):
-    """Optimiser settings of learned parts (token masks, heads)."""
+    """Optimiser settings of what is not the policy: learned parts (token masks, heads), the critic. lr is the run's if left
+    out."""
     lr: float | None = Field(None, gt=0)
     weight_decay: float = Field(0.01, ge=0)
 
@@ -89,6 +91,47 @@ class Online(Settings):
     k: int = Field(2, ge=1)
     max_new_tokens: int = Field(128, ge=1)
     temperature: float = Field(1.0, gt=0)
+
+
+class Replayed(Settings):
+    """A share of every step comes from the newest groups that were trained on before."""
+    size: int = Field(256, ge=1)                              # groups kept
+    share: float = Field(0.25, gt=0, lt=1)
+
+
+class Mixed(Settings):
+    """A share of every step comes from groups with given responses and scores: {reward: ...}."""
+    data: str | list[str] = Field(min_length=1)
+    share: float = Field(0.25, gt=0, lt=1)
+
+
+class Rollout(Settings):
+    """Responses sampled from the current policy and their rewards: the source of an on-policy run. `data` holds prompts.
+
+    Batch numbers: train.groups_per_step prompts a step, k responses a prompt, samples_per_update responses an optimiser
+    step.
+    """
+    rewards: str | dict | list[str | dict] = Field([], validate_default=False)      # names with arguments and weights
+    k: int = Field(8, ge=1)
+    samples_per_update: int | None = Field(None, ge=1)        # all of the step when left out: strictly on-policy
+    epochs: int = Field(1, ge=1)                              # how often a rollout is gone through
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, gt=0)                     # of sampling, and of the log-probabilities that train
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    stop: list[str] = []                                      # strings that end a response
+    sampler: str | dict = "transformers"                      # or vllm, vllm_server
+    batch: int = Field(64, ge=1)                              # responses that the transformers sampler makes together
+    program: str | dict | None = None                         # of several turns: module:name
+    order: str | dict = "shuffled"                            # of the prompts: a curriculum
+    refill: int = Field(4, ge=1)                              # rounds of sampling where a recipe drops groups
+    replay: Replayed | None = None
+    mix: Mixed | None = None
+    unscored: Literal["raise", "mark"] = "raise"              # a response that no reward can be given: stop, or leave it out
+    timeout: float | None = Field(None, gt=0)                 # seconds for one response's reward
+    recorded: str | None = None                               # a folder of rollouts to train from, without sampling
+    dump: bool = True                                         # write what was sampled to out/rollouts
+    eval_k: int = Field(1, ge=1)                              # responses per held-out prompt
 
 
 class Train(Settings):
@@ -107,12 +150,14 @@ class Train(Settings):
     seed: int = Field(0, ge=0)
     shuffle: bool = True
     modules: Modules = Modules()
+    critic: Modules = Modules()
     online: Online = Online()
     log_every: int = Field(1, ge=1)
     eval_every: int | None = Field(None, ge=1)                # with data.eval there is one evaluation at the end, always
     save_every: int | None = Field(None, ge=1)
     keep: int = Field(2, ge=1)                                # checkpoints kept
-    metric: str = "eval/loss"                                 # watched by early stopping; the best model is kept
+    metric: str | None = None                                 # watched by early stopping, which keeps the best model:
+                                                              # eval/loss, or eval/reward of an on-policy run
     patience: int | None = Field(None, ge=1)                  # evaluations without improvement
     device: Literal["cpu"] | None = None                      # the GPU where there is one, unless this says cpu
 
@@ -122,8 +167,10 @@ class Run(Settings):
     set: dict = {}
     policy: Model
     reference: Model | None = None
+    critic: Model | None = None                               # the policy's body with a new head, where a recipe reads values
     tokenizer: str | None = None
     data: Data
+    rollout: Rollout | None = None
     train: Train = Train()
     update: str | dict = "plain"
     log: list[Literal["tensorboard", "wandb", "trackio"]] = []
@@ -140,7 +187,7 @@ class Run(Settings):
             return {("policy" if k == "model" else k): v for k, v in raw.items()}
         return raw
 
-    @field_validator("policy", "reference", mode="before")
+    @field_validator("policy", "reference", "critic", mode="before")
     @classmethod
     def _short(cls, value):
         return {"name": value} if isinstance(value, str) else value
@@ -170,6 +217,7 @@ class Run(Settings):
         if "mismatched" in objective.reads() and self.train.groups_per_step < 2:
             raise ValueError(f"recipe {self.recipe!r} compares each prompt with a response of another prompt of the step: "
                              f"set train.groups_per_step to at least 2")
+        sampled(self, objective)
         aspects = len(self.data.encoded().aspects)
         if "rewards" in objective.reads() and aspects != objective.outputs:
             raise ValueError(f"recipe {self.recipe!r} learns {objective.outputs} aspects, and data.encoding.aspects names "
@@ -200,9 +248,35 @@ class Run(Settings):
         return parts.from_spec(self.update, "prefopt.update")
 
 
-SLOTS = {"score": "prefopt.scores", "margin": "prefopt.margins", "labels": "prefopt.label_rules",
-         "pair_weight": "prefopt.pair_weights", "reduce": "prefopt.reductions", "reference": "prefopt.references"}
-RANKINGS = ("prefopt.pairwise", "prefopt.pointwise", "prefopt.listwise")
+def sampled(run: Run, objective) -> None:
+    """An error where a run on its own samples cannot work: what a recipe asks for and what the settings say do not fit."""
+    roll, name = run.rollout, run.recipe
+    policy = not objective.whole_groups
+    if roll is None:
+        if policy:
+            raise ValueError(f"recipe {name!r} learns from the rewards of responses sampled in training: give a block rollout, "
+                             f"for instance rollout: {{k: 8, rewards: [final_answer]}}, and prompts as data.train")
+        return
+    if not roll.rewards and not roll.recorded:
+        raise ValueError("rollout.rewards: missing: name what scores a response, for instance [final_answer]; `prefopt reward "
+                         "list` shows all")
+    if {"mismatched", "online"} & objective.reads():
+        raise ValueError(f"recipe {name!r} needs other rows than the sampled ones, which rollout does not make: leave rollout "
+                         f"out, or take dpo or another recipe of pairs or lists")
+    least = objective.least_responses() if policy else 2
+    if roll.k < least:
+        raise ValueError(f"recipe {name!r} compares the responses of a prompt with each other: set rollout.k to at least "
+                         f"{least}, found {roll.k}")
+    whole = run.train.groups_per_step * roll.k
+    if roll.samples_per_update is not None and (roll.samples_per_update % roll.k or roll.samples_per_update > whole):
+        raise ValueError(f"rollout.samples_per_update is a multiple of rollout.k ({roll.k}), as groups are not torn apart, and "
+                         f"at most train.groups_per_step * rollout.k = {whole}, found {roll.samples_per_update}")
+    if (roll.top_p < 1 or roll.top_k) and policy and "logp_rollout" not in objective.reads():
+        raise ValueError("rollout.top_p and top_k sample from another distribution than the one that is trained, so that ratios "
+                         "and gradients are off: leave them at 1 and 0, or correct for it with set.correction: exact")
+    if run.data.cache_reference:
+        raise ValueError("no cache can hold log-probabilities of responses sampled in training: set data.cache_reference to "
+                         "false")
 
 
 def assemble(recipe: str, departures: dict):
@@ -213,34 +287,35 @@ def assemble(recipe: str, departures: dict):
     """
     from prefopt import recipes
     make = recipes.find(recipe)
-    arguments = inspect.signature(make).parameters
-    allowed = [*arguments, *SLOTS, "ranking", "regularisers"]
+    arguments, home = inspect.signature(make).parameters, make().home
+    allowed = [*arguments, *home]
     for key, value in departures.items():
         if key not in allowed:
             raise ValueError(f"recipe {recipe!r} has no argument or slot {key!r}{nearest(key, allowed)}; arguments: "
-                             f"{', '.join(arguments) or 'none'}; slots: {', '.join([*SLOTS, 'ranking', 'regularisers'])}")
+                             f"{', '.join(arguments) or 'none'}; slots: {', '.join(home)}")
         if key in arguments:
             _typed(f"recipe {recipe!r}", key, value, arguments[key].default)
     objective = make(**{k: v for k, v in departures.items() if k in arguments})
     slots = {k: v for k, v in departures.items() if k not in arguments}
     if not slots:
         return objective
-    filled = {}
-    for slot, spec in slots.items():
-        if slot == "ranking":
-            filled[slot] = _part(slot, spec, _home(spec))
-        elif slot == "regularisers":
-            filled[slot] = {**objective.regularisers, **_regularisers(spec)}
-        elif spec is None and slot != "pair_weight":
-            raise ValueError(f"set.{slot} cannot be empty: leave it out, or name a part of {SLOTS[slot]}")
-        else:
-            filled[slot] = _part(slot, spec, SLOTS[slot]) if spec is not None else None
-    if "labels" in filled and parts.hyperparameters(filled["labels"]).get("flip"):
+    filled = {slot: _filled(objective, slot, spec) for slot, spec in slots.items()}
+    if filled.get("labels") and parts.hyperparameters(filled["labels"]).get("flip"):
         filled["bounded"] = False                             # the correction has negative weights
     try:
         return objective.with_slots(**filled)
     except TypeError as error:                                # a part of one's own that does not say what it returns
         raise ValueError(str(error)) from None
+
+
+def _filled(objective, slot: str, spec):
+    """What a slot holds once `spec` is put into it. Slots of several parts keep those that `spec` does not name."""
+    there, empty = getattr(objective, slot), type(objective).__dataclass_fields__[slot].default
+    if isinstance(there, Mapping):
+        return {**there, **_several(slot, spec, objective.home[slot])}
+    if spec is None and empty is not None:
+        raise ValueError(f"set.{slot} cannot be empty: leave it out, or name a part of {' or '.join(objective.home[slot])}")
+    return None if spec is None else _part(slot, spec, home_of(slot, spec, objective.home[slot]))
 
 
 RANGES = {"beta": positive, "tau": positive, "flip": below_half, "label_smoothing": below_half}
@@ -290,27 +365,32 @@ def _documented(name: str) -> None:
                          f"data_tools.columns, where `document` adds your own")
 
 
-def _home(spec) -> str:
-    """The module of a ranking."""
+def home_of(slot: str, spec, homes: Sequence[str]) -> str:
+    """Which of a slot's modules has the part that `spec` names."""
     name, _ = _named(spec)
-    known = {n: home for home in RANKINGS for n in import_module(home).__all__}
+    known = {n: home for home in homes for n in import_module(home).__all__}
     if name not in known and ":" not in name:
-        raise ValueError(f"no ranking {name!r}{nearest(name, known)}; rankings: {', '.join(known)}")
-    return known.get(name, RANKINGS[0])
+        raise ValueError(f"no {slot} {name!r}{nearest(name, known)}; {slot}: {', '.join(known)}")
+    return known.get(name, homes[0])
 
 
-def _regularisers(spec):
-    """[{best_nll: {weight: 0.1}}, ...] -> terms by name."""
+def _several(slot: str, spec, homes: Sequence[str]) -> dict:
+    """[{best_nll: {weight: 0.1}}, ...] -> terms by name, or {column: part} for slots whose parts write columns."""
     from prefopt.objectives import Term
+    from prefopt.policy import Penalty
+    if slot in ("annotations", "providers", "selections"):
+        return {column: _part(slot, one, home_of(slot, one, homes)) for column, one in (spec or {}).items()}
     out = {}
     for item in spec if isinstance(spec, list) else [spec]:
         name, arguments = _named(item)
+        if name in out:
+            raise ValueError(f"set.{slot} has {name!r} twice")
         weight = arguments.get("weight", 1.0)
         number(**{f"weight of {name}": weight})
-        if name in out:
-            raise ValueError(f"set.regularisers has {name!r} twice")
-        rest = {k: v for k, v in arguments.items() if k != "weight"}
-        out[name] = Term(_part("regularisers", {name: rest}, "prefopt.regularisers"), weight)
+        weighed = slot in ("regularisers", "penalties")
+        rest = {k: v for k, v in arguments.items() if not (weighed and k == "weight")}
+        part = _part(slot, {name: rest}, home_of(slot, item, homes))
+        out[name] = (Term if slot == "regularisers" else Penalty)(part, weight) if weighed else part
     return out
 
 
@@ -393,9 +473,11 @@ def make(raw: dict, where: str = "run") -> Run:
 
 
 def _known(path) -> list[str]:
-    fields = Run.model_fields
+    """The settings of the block at `path`."""
+    home = Run
     for key in path:
-        home = {"policy": Model, "reference": Model, "data": Data, "train": Train, "modules": Modules,
-                "online": Online}.get(str(key))
-        fields = home.model_fields if home else {}
-    return list(fields)
+        kind = home.model_fields[key].annotation if key in home.model_fields else None
+        home = next((k for k in (kind, *get_args(kind)) if inspect.isclass(k) and issubclass(k, Settings)), None)
+        if home is None:
+            return []
+    return list(home.model_fields)

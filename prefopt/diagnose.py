@@ -1,13 +1,14 @@
 """Diagnostics: parts that read columns like any other and are averaged over labelled pairs."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 
 from prefopt.margins import difference
-from prefopt.ops import log_ratios, masked_mean, masked_sum
-from prefopt.parts import Pairs, Rows
+from prefopt.ops import log_ratios, masked, masked_mean, masked_sum
+from prefopt.parts import Pairs, Part, Rows, Tokens
 
 
 def _chosen(x):
@@ -138,6 +139,61 @@ def margin_accuracy(margin) -> Pairs:
     return (torch.sign(margin) + 1) / 2
 
 
+# ------------------------------------------------------------------ of policies: tokens (N, T), averaged over the step's
+def entropy_mean(entropy, mask) -> Tokens:
+    """Entropy of the next-token distribution."""
+    return masked(entropy, mask)
+
+
+def kl_to_reference(logp, logp_ref, mask) -> Tokens:
+    """exp(-d) - 1 + d, d = log pi - log pi_ref: KL(pi || pi_ref) on tokens of the policy, never negative."""
+    d = log_ratios(logp, logp_ref, mask).clamp(-20, 20)
+    return torch.expm1(-d) + d
+
+
+def kl_to_old(logp, logp_old, mask) -> Tokens:
+    """log pi_old - log pi: estimates KL(pi_old || pi); may be negative."""
+    return -log_ratios(logp, logp_old, mask)
+
+
+def rollout_gap(logp_old, logp_rollout, mask) -> Tokens:
+    """|log pi_old - log pi_rollout|: what the sampler and the trainer think of the same token."""
+    return log_ratios(logp_old, logp_rollout, mask).abs()
+
+
+def ratio_mean(log_ratio, mask) -> Tokens:
+    return masked(log_ratio, mask).exp() * mask.bool()
+
+
+def ratio_square(log_ratio, mask) -> Tokens:
+    return (2 * masked(log_ratio, mask)).exp() * mask.bool()
+
+
+def advantage_size(advantage, mask) -> Tokens:
+    """|A|."""
+    return masked(advantage, mask).abs()
+
+
+def above_range(log_ratio, advantage, mask, *, high) -> Tokens:
+    """1 where A > 0 and the ratio is above 1 + high, so that clipping takes the gradient away."""
+    return (mask.bool() & (advantage > 0) & (log_ratio.exp() > 1 + high)).double()
+
+
+def below_range(log_ratio, advantage, mask, *, low) -> Tokens:
+    """1 where A < 0 and the ratio is below 1 - low."""
+    return (mask.bool() & (advantage < 0) & (log_ratio.exp() < 1 - low)).double()
+
+
+POLICY_METRICS = {"entropy": entropy_mean, "kl/ref": kl_to_reference, "kl/old": kl_to_old, "gap/rollout": rollout_gap,
+                  "ratio/mean": ratio_mean, "ratio/square": ratio_square, "advantage/size": advantage_size}
+
+
+def policy_metrics(bounds: Mapping[str, object]) -> dict[str, Part]:
+    """What is measured of a policy; of a surrogate that clips also how often it does."""
+    sides = {"clip/high": (above_range, "high"), "clip/low": (below_range, "low")}
+    return POLICY_METRICS | {key: partial(part, **{side: bounds[side]}) for key, (part, side) in sides.items() if side in bounds}
+
+
 MARGIN_METRICS = {"pairs": compared, "accuracy": margin_accuracy, "margin": margin_of}
 PAIR_METRICS = {"pairs": pairs, "accuracy": accuracy, "margin": margin_mean, "score/chosen": score_chosen,
                 "score/rejected": score_rejected, "logp/chosen": logp_chosen, "logp/rejected": logp_rejected,
@@ -158,8 +214,10 @@ def combined(sums: dict[str, float]) -> dict[str, float]:
     {'length/chosen_longer': 0.75, 'accuracy/length_controlled': 0.5}
     """
     paired = sums.get("pairs", 1.0) > 0
+    if "ratio/square" in sums:                                # effective sample size, as a share of the tokens
+        sums = {**sums, "ratio/effective": sums["ratio/mean"] ** 2 / max(sums["ratio/square"], 1e-30)}
     about_pairs = () if paired else (*PAIR_METRICS, *EVALUATION_METRICS)
-    helpers = ("pairs", "length/correct", "rows/", "ranking/idealised@")
+    helpers = ("pairs", "length/correct", "rows/", "ranking/idealised@", "ratio/square")
     out = {k: v for k, v in sums.items() if not k.startswith(helpers) and k not in about_pairs}
     if paired and "length/correct_and_longer" in sums:
         longer = sums["length/chosen_longer"]

@@ -100,8 +100,8 @@ def evaluate(run: Run) -> dict[str, float]:
     from prefopt import setup
     from prefopt.checkpoints import read_parts
     from prefopt.folder import dataset
+    from prefopt.held_out import evaluate
     from prefopt.models import check_head
-    from prefopt.train import evaluate
     disable_progress_bar()
     accelerator = setup.accelerator(run)
     objective = run.objective()

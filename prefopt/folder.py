@@ -5,7 +5,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import glob
 from hashlib import blake2b, file_digest
@@ -20,8 +20,10 @@ from data_tools.fields import DataError
 from prefopt.config import Run, assemble, make
 from prefopt.forward import FROZEN, GRADIENT, fill
 from prefopt.models import Models
+from prefopt.objectives import Term
 from prefopt.ops import processes
 from prefopt.parts import hyperparameters, kind, to_spec
+from prefopt.policy import Penalty
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -39,7 +41,11 @@ def groups(run: Run, held_out: bool):
 
 
 def datasets(run: Run, tokenizer):
-    """Prepared training and held-out data: tokenised once, memory-mapped, kept in data.cache under what made them."""
+    """Prepared training and held-out data: tokenised once, memory-mapped, kept in data.cache under what made them; of an
+    on-policy run prompts."""
+    if run.rollout:
+        from prefopt.online import prompts
+        return tuple(prompts(run, tokenizer, held_out=h) if run.data.eval or not h else None for h in (False, True))
     return tuple(dataset(run, tokenizer, held_out) if run.data.eval or not held_out else None for held_out in (False, True))
 
 
@@ -143,7 +149,7 @@ def begin(run: Run, objective, data, held_out, tokenizer, steps: int, step: int)
     replace(out / "versions.json", json.dumps(facts, indent=1))
     for log_file in (out / "metrics.jsonl", out / "timing.jsonl"):
         replace(log_file, "".join(upto(log_file, step)))
-    if step == 0:
+    if step == 0 and run.rollout is None:                     # what an on-policy run sees is in out/rollouts
         samples(data, tokenizer, out / "samples.jsonl")
 
 
@@ -170,7 +176,7 @@ def card(run: Run) -> dict:
             "data": limits, "start": run.policy.name, "reference": run.reference and run.reference.name}
 
 
-FREE = {"out", "log", "expect", "train.save_every", "train.keep", "train.log_every", "train.device", "data.cache"}
+FREE = {"out", "log", "expect", "rollout.dump", "train.save_every", "train.keep", "train.log_every", "train.device", "data.cache"}
 
 
 def same(run: Run, data, held_out) -> None:
@@ -205,22 +211,23 @@ def departures(run: Run) -> dict:
     """Slots and their arguments that differ from the vetted recipe."""
     plain, own = assemble(run.recipe, {}), run.objective()
     out = {"recipe": run.recipe}
-    for slot in ("score", "margin", "ranking", "labels", "pair_weight", "reduce"):
-        a, b = getattr(plain, slot), getattr(own, slot)
-        if to_spec(a) != to_spec(b):
-            out[slot] = {"recipe": _shown(a), "here": _shown(b)}
-    if plain.reference != own.reference:
-        out["reference"] = {"recipe": repr(plain.reference), "here": repr(own.reference)}
-    terms = [{k: [_shown(t.part), t.weight] for k, t in o.regularisers.items()} for o in (plain, own)]
-    if terms[0] != terms[1]:
-        out["regularisers"] = {"recipe": terms[0], "here": terms[1]}
+    for slot in own.home:
+        a, b = (_shown(getattr(objective, slot)) for objective in (plain, own))
+        if a != b:
+            out[slot] = {"recipe": a, "here": b}
     return out
 
 
 def _shown(part) -> object:
     if part is None:
         return None
+    if isinstance(part, Mapping):
+        return {k: _shown(p) for k, p in part.items()}
+    if isinstance(part, (Term, Penalty)):
+        return [_shown(part.part), part.weight]
     spec = to_spec(part)
+    if hasattr(part, "spec"):                                 # an object with settings of its own
+        return spec
     name = next(iter(spec)) if isinstance(spec, dict) else spec
     return {name: hyperparameters(part)} if hyperparameters(part) else name
 

@@ -45,9 +45,10 @@ def token_kl(logits: Tensor, token: Tensor, logits_ref: Tensor) -> Tensor:
 
 ONE = {"logp": logp, "entropy": entropy, "collision": collision}          # reducers of one distribution
 TWO = {"token_kl": token_kl}                                              # of the policy's and the reference's
-FROZEN = {"logp_ref", "logp_old", "outputs_old", "activation_mask", "mismatched"}      # made once per step, by `fill`
+FROZEN = {"logp_ref", "logp_old", "logp_now", "outputs_old", "value_old", "activation_mask", "mismatched"}      # by `fill`
 GRADED = {"outputs", "token_reward"}                                      # of a reward model's head
-GRADIENT = {*ONE, *TWO, *GRADED, "states_ref", "last_state", "prompt_state"}     # made per micro-batch, by `forward`
+CRITIC = {"value", "value_old"}                                           # these load a critic
+GRADIENT = {*ONE, *TWO, *GRADED, "value", "states_ref", "last_state", "prompt_state"}    # per micro-batch, by `forward`
 REFERENCE = {"logp_ref", "activation_mask", "mismatched", "token_kl", "states_ref"}      # these load a reference
 
 
@@ -123,11 +124,18 @@ def reduced(hidden: Tensor, token: Tensor, head: Callable[[Tensor], Tensor], nam
 
 # ------------------------------------------------------------------------------------------------------- the two passes
 def forward(models: Models, batch: Batch, reads: Iterable[str], *, chunk: int | None = None) -> Batch:
-    """Columns with gradient that `reads` names, for one micro-batch."""
+    """Columns with gradient that `reads` names, for one micro-batch.
+
+    `logp_old` that `reads` names and the batch lacks is `logp` itself: the step takes one update, so that nothing has
+    changed since.
+    """
+    same = "logp_old" in reads and "logp_old" not in batch
     reads = set(reads) & GRADIENT
     at, shape = Positions.of(batch), tuple(batch["mask"].shape)
     out: dict[str, Tensor] = {}
     hidden_ref = None
+    if "value" in reads:
+        out["value"] = values(models.critic_model(), batch, at)
     if reads & {"token_kl", "states_ref"}:
         with torch.no_grad(), models.reference_model() as reference:
             hidden_ref = states(reference, batch, at, layers="states_ref" in reads)
@@ -148,9 +156,11 @@ def forward(models: Models, batch: Batch, reads: Iterable[str], *, chunk: int | 
         every = trunk(tokens, attend)
     place = at.column - offset[at.row]
     if names:
-        values = reduced(every[at.row, place - 1], at.token, trunk.head, names, hidden_ref=hidden_ref,
+        found = reduced(every[at.row, place - 1], at.token, trunk.head, names, hidden_ref=hidden_ref,
                          head_ref=models.reference_head, vocabulary=trunk.vocabulary, chunk=chunk)
-        out.update({n: scatter(v, at, shape) for n, v in values.items()})
+        out.update({n: scatter(v, at, shape) for n, v in found.items()})
+        if same and "logp" in out:
+            out["logp_old"] = out["logp"].detach()
     if "token_reward" in reads:
         out["token_reward"] = scatter(upcast(trunk.head(every[at.row, place])).squeeze(-1), at, shape)
     row = torch.arange(len(length), device=length.device)
@@ -163,7 +173,7 @@ def forward(models: Models, batch: Batch, reads: Iterable[str], *, chunk: int | 
 
 @torch.no_grad()
 def fill(models: Models, batch: Batch, reads: Iterable[str], *, tokens: int | None = None, other: Batch | None = None,
-         chunk: int | None = None) -> Batch:
+         chunk: int | None = None, whole_groups: bool = True) -> Batch:
     """Frozen columns that `reads` names and the batch lacks, for a whole step, micro-batch by micro-batch.
 
     `other` holds, for each group of the batch, a group of another prompt whose responses make KTO's mismatched rows.
@@ -174,8 +184,8 @@ def fill(models: Models, batch: Batch, reads: Iterable[str], *, tokens: int | No
         if column == "mismatched":
             out[column] = mismatched(models, batch, other, tokens=tokens, chunk=chunk)
             continue
-        made = [(part, one_frozen(models, part, column, chunk)) for part in batch.microbatches(tokens)]
-        out[column] = joined(batch, made)
+        pieces = batch.pieces(tokens, whole_groups)
+        out[column] = joined(batch, [(rows, one_frozen(models, part, column, chunk)) for rows, part in pieces])
     return batch.with_columns(**out)
 
 
@@ -184,7 +194,9 @@ def one_frozen(models: Models, batch: Batch, column: str, chunk: int | None) -> 
         from prefopt.activations import activation_mask
         with models.reference_model() as reference:
             return activation_mask(reference, batch)
-    if column == "logp_old":
+    if column == "value_old":
+        return values(models.critic_model(), batch, Positions.of(batch))
+    if column in ("logp_old", "logp_now"):
         return token_logp(models.policy_model(), batch, chunk)
     if column == "outputs_old":
         return forward(models, batch, {"outputs"})["outputs"]
@@ -200,14 +212,17 @@ def token_logp(trunk: Trunk, batch: Mapping[str, Tensor], chunk: int | None = No
     return scatter(values, at, tuple(batch["mask"].shape))
 
 
-def joined(batch: Batch, made: list[tuple[Batch, Tensor]]) -> Tensor:
-    """Row columns of micro-batches put back in the order of the batch. `select` keeps rows in order."""
+def values(critic: Trunk, batch: Mapping[str, Tensor], at: Positions) -> Tensor:
+    """The critic's value of the state before each masked token, (N, T), zeros elsewhere."""
+    return scatter(upcast(critic.head(states(critic, batch, at))).squeeze(-1), at, tuple(batch["mask"].shape))
+
+
+def joined(batch: Batch, made: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Row columns of micro-batches, each with the numbers of its rows, put back in their place."""
     first = made[0][1]
     out = first.new_zeros(batch.N, *first.shape[1:])
-    start = 0
-    for part, value in made:
-        out[(batch.index >= start) & (batch.index < start + part.groups)] = value
-        start += part.groups
+    for rows, value in made:
+        out[rows] = value
     return out
 
 
@@ -222,9 +237,9 @@ def mismatched(models: Models, batch: Batch, other: Batch | None, *, tokens: int
     view = mismatched_rows(batch, other)
     if tokens is not None:
         tokens = max(tokens, int(view["attend"].sum(1).max()))
-    policy = joined(view, [(m, token_logp(models.policy_model(), m, chunk)) for m in view.microbatches(tokens)])
+    policy = joined(view, [(rows, token_logp(models.policy_model(), m, chunk)) for rows, m in view.pieces(tokens)])
     with models.reference_model() as reference:
-        ref = joined(view, [(m, token_logp(reference, m, chunk)) for m in view.microbatches(tokens)])
+        ref = joined(view, [(rows, token_logp(reference, m, chunk)) for rows, m in view.pieces(tokens)])
     return (policy - ref).sum(1)
 
 
@@ -255,8 +270,13 @@ def mismatched_rows(batch: Batch, other: Batch) -> Batch:
 
 
 def frozen_models(reads: Iterable[str]) -> set[str]:
-    """Which models besides the policy a recipe loads: {'reference'} or nothing. Derived from the columns it reads."""
+    """Which frozen models a recipe loads: {'reference'} or nothing. Derived from the columns it reads."""
     return {"reference"} if set(reads) & REFERENCE else set()
 
 
-__all__ = ["fill", "forward", "frozen_models", "reduced", "states", "token_logp"]
+def needs_critic(reads: Iterable[str]) -> bool:
+    """Whether a recipe loads a critic."""
+    return bool(set(reads) & CRITIC)
+
+
+__all__ = ["fill", "forward", "frozen_models", "needs_critic", "reduced", "states", "token_logp"]

@@ -10,7 +10,7 @@ from prefopt.margins import difference
 from prefopt.ops import masked_logsumexp
 from prefopt.parts import Lists
 
-__all__ = ["in_context", "list_mle", "list_net", "softmax"]
+__all__ = ["copg", "in_context", "list_mle", "list_net", "softmax"]
 
 
 def list_mle(score, relevance, real) -> Lists:
@@ -99,3 +99,26 @@ def in_context(score, relevance, position, real) -> Lists:
     gain = torch.expm1(relevance.to(score.dtype) * math.log(2)) / torch.log2(1 + position.to(score.dtype))
     terms = torch.where(rivals.any(-1), gain, 0.0) * -F.logsigmoid(-q)
     return torch.where(real, terms, 0.0).sum(-1) / n.clamp(min=1)
+
+
+def copg(score, relevance, real) -> Lists:
+    """Contrastive policy gradient: regression of reward differences, from responses of any policy.
+
+    l = 1/(n - 1) sum over pairs of ( (R_i - s_i) - (R_j - s_j) )^2 = n/(n - 1) sum_i (d_i - mean d)^2,   d = R - s
+
+    The reward R is the relevance, in its own units, and the score is `log_ratio(beta)`, in units of the reward.
+
+    Gradient    -2 n/(n - 1) (d_i - mean d) through the scores
+    Edge        one response: 0. Equal rewards still pull the scores together
+    Relations   n = 2 is `squared` with the goal R_1 - R_2: rewards +-1/2 are IPO with tau = beta / 2. The gradient is that of
+                leave-one-out REINFORCE with the rewards R - s, summed over the responses, times 2 beta
+    Departs     the pair form of the paper is divided by 2 beta
+    Reference   Flet-Berliac et al., Contrastive Policy Gradient, arXiv:2406.19185; Command A, arXiv:2504.00698
+
+    >>> copg(torch.tensor([[1., 0.]]), torch.tensor([[3., 0.]]), torch.ones(1, 2, dtype=torch.bool))     # (3 - 1)^2
+    tensor([4.])
+    """
+    n = real.sum(-1, keepdim=True)
+    d = torch.where(real, relevance.to(score.dtype) - score, 0.0)
+    centred = torch.where(real, d - d.sum(-1, keepdim=True) / n.clamp(min=1), 0.0)
+    return (centred.square() * n / (n - 1).clamp(min=1)).sum(-1)

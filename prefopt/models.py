@@ -64,6 +64,7 @@ class Trunk:
     through the head, which backward passes through it once more.
     """
     model: nn.Module
+    temperature: float = 1.0                                  # logits are divided by it, as they are when sampling
     calls: dict = field(default_factory=lambda: {"tokens": 0, "forwards": 0, "positions": 0})
 
     def __post_init__(self):
@@ -118,7 +119,12 @@ class Trunk:
         return (*output.hidden_states[1:-1], output.last_hidden_state)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(M, D) -> logits (M, V)."""
+        """(M, D) -> logits (M, V) over the temperature."""
+        logits = self.logits(hidden)
+        return logits if self.temperature == 1 else logits / self.temperature
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(M, D) -> the model's own logits (M, V)."""
         self.calls["positions"] += len(hidden)
         logits = self.output(hidden) * self.scale
         return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
@@ -141,7 +147,7 @@ class Trunk:
         own = self.model(input_ids=pair[:1]).logits
         config.pad_token_id = pad
         at = hidden[0] if self.language or self.tokenwise else hidden[:1, -1]
-        ours = self.head(at).view_as(own) if self.causal or self.tokenwise else own
+        ours = self.logits(at).view_as(own) if self.causal or self.tokenwise else own
         self.model.train(training)
         self.calls["positions"] = positions
         if self.language and not self.causal:
@@ -165,14 +171,23 @@ def is_peft(model: nn.Module) -> bool:
 
 @dataclass
 class Models:
-    """The policy and, where a recipe reads it, its reference: a frozen copy, another model, or the policy less adapters."""
+    """The policy and, where a recipe reads it, its reference: a frozen copy, another model, or the policy less adapters.
+    And a critic, whose head gives a value for each token."""
     policy: nn.Module
     reference: nn.Module | None = None                        # None with adapters: the policy with adapters off
     tokenizer: object = None
+    critic: nn.Module | None = None
+    temperature: float = 1.0                                  # of the policy whose log-probabilities these are
 
     def __post_init__(self):
-        self._policy = Trunk(self.policy)
-        self._reference = Trunk(self.reference) if self.reference is not None else None
+        self._policy = Trunk(self.policy, self.temperature)
+        self._reference = Trunk(self.reference, self.temperature) if self.reference is not None else None
+        self._critic = Trunk(self.critic) if self.critic is not None else None
+
+    def critic_model(self) -> Trunk:
+        if self._critic is None:
+            raise ValueError("no critic is loaded, although a column of it is read")
+        return self._critic
 
     def policy_model(self) -> Trunk:
         return self._policy

@@ -46,18 +46,21 @@ class Term:
 
 
 class Grouped(Mapping):
-    """Row columns seen as (B, K, ...) with zeros in empty slots; group columns as they are."""
+    """Row columns seen as (B, K, ...) with zeros in empty slots; group columns as they are.
 
-    def __init__(self, rows: Mapping[str, Tensor], batch: Batch):
-        self.rows, self.batch, self.seen = rows, batch, {}
+    `label` is the column without which a row takes no part: it is NaN there, and seen as 0.
+    """
+
+    def __init__(self, rows: Mapping[str, Tensor], batch: Batch, label: str = "relevance"):
+        self.rows, self.batch, self.label, self.seen = rows, batch, label, {}
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self.seen:
-            value = self.real() if key == "real" else self.rows[key]
-            if key not in ("real", "wins", "labels", "unit"):
+            value = self.real() if key == "real" else self.probe() if key == "probe" else self.rows[key]
+            if key not in ("real", "probe", "wins", "labels", "unit"):
                 value = self.batch.grouped(value)[0]
-            if key == "relevance":
-                value = torch.where(self["real"], value, 0.0)
+            if key == self.label:
+                value = torch.where(self["real"] | self["probe"], value.nan_to_num(nan=0.0), 0.0)
             if key == "wins":
                 real, others = self["real"], ~torch.eye(value.shape[-1], dtype=torch.bool, device=value.device)
                 value = torch.where(real[:, :, None] & real[:, None, :] & others, value, torch.nan)
@@ -67,19 +70,28 @@ class Grouped(Mapping):
     def real(self) -> Tensor:
         """Slots that take part in the comparison: a row is there, trains, and is labelled."""
         real = self.batch.real
-        for column, absent in (("train", lambda x: x == 0), ("relevance", torch.isnan)):
+        for column, absent in (("train", lambda x: x == 0), (self.label, torch.isnan)):
             if column in self.rows:
                 real = real & ~self.batch.grouped(absent(self.rows[column].float()))[0]
         return real
 
+    def probe(self) -> Tensor:
+        """Slots that hold a probe row with a label: parts read it, but it does not train."""
+        if "train" not in self.rows:
+            return torch.zeros_like(self.batch.real)
+        probe = ~self.rows["train"].bool()
+        if self.label in self.rows:
+            probe = probe & ~self.rows[self.label].isnan()
+        return self.batch.grouped(probe)[0]
+
     def __contains__(self, key: object) -> bool:
-        return key == "real" or key in self.rows
+        return key in ("real", "probe") or key in self.rows
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**dict.fromkeys(self.rows), "real": None})
+        return iter({**dict.fromkeys(self.rows), "real": None, "probe": None})
 
     def __len__(self) -> int:
-        return len(set(self.rows) | {"real"})
+        return len(set(self.rows) | {"real", "probe"})
 
 
 # what counts as a term of each kind, unless a Term says otherwise
@@ -132,6 +144,11 @@ class PreferenceObjective:
     outputs: int = 0
 
     whole_groups = True                                       # a micro-batch holds whole groups
+    home = {"score": ("prefopt.scores",), "margin": ("prefopt.margins",),
+            "ranking": ("prefopt.pairwise", "prefopt.pointwise", "prefopt.listwise"), "labels": ("prefopt.label_rules",),
+            "pair_weight": ("prefopt.pair_weights",), "regularisers": ("prefopt.regularisers",),
+            "reduce": ("prefopt.reductions",), "reference": ("prefopt.references",),
+            "annotations": ("prefopt.annotations",), "providers": ("prefopt.masks",)}      # where the parts of a slot are
 
     def __post_init__(self):
         for part, reduce in ((self.ranking, self.reduce), *((t.part, t.reduce) for t in self.regularisers.values())):
@@ -178,6 +195,10 @@ class PreferenceObjective:
     def _from_labels(columns: set[str]) -> set[str]:
         made = {"real", "terms", "labels"}
         return {"relevance" if c == "wins" else c for c in columns} - made
+
+    def estimate(self, batch: Batch) -> Batch:
+        """What sees all groups that were sampled together: nothing here, where every step stands for itself."""
+        return batch
 
     def modules(self) -> list[nn.Module]:
         parts = [*self.loss_parts(), *self.made().values(), *self.annotations.values()]

@@ -11,8 +11,8 @@ import torch
 
 from prefopt import folder
 from prefopt.config import Run
-from prefopt.forward import frozen_models
-from prefopt.models import Models, frozen_copy, head_of, load_policy, load_tokenizer, prepare_padding
+from prefopt.forward import frozen_models, needs_critic
+from prefopt.models import Head, Models, Trunk, frozen_copy, head_of, load_policy, load_tokenizer, prepare_padding
 
 
 def accelerator(run: Run):
@@ -68,7 +68,8 @@ def load_models(run: Run, objective, tokenizer, checkpoint: Path | None, device,
         reference = frozen_copy(policy)                       # a checkpoint knows where it has moved to
     else:
         reference = load_reference(run, device).policy
-    models = Models(policy, reference, tokenizer)
+    critic = load_critic(run, checkpoint, device) if needs_critic(objective.reads()) else None
+    models = Models(policy, reference, tokenizer, critic, run.rollout.temperature if run.rollout else 1.0)
     for module in objective.modules():
         module.setup(layers=models.policy_model().layer_count, width=models.policy_model().width)
         module.to(device)
@@ -81,19 +82,34 @@ def load_reference(run: Run, device) -> Models:
     return Models(reference, reference)
 
 
+def load_critic(run: Run, checkpoint: Path | None, device):
+    """A model with one output per token: the run's critic, or the policy's body under a new head, or the checkpoint's.
+
+    A new head starts at 0, so that all values do.
+    """
+    own = (run.critic or run.policy.model_copy(update={"lora": None})).model_dump()
+    critic = load_policy(**{**own, "name": str(checkpoint / "critic"), "revision": None, "lora": None} if checkpoint else own,
+                         head=Head("AutoModelForTokenClassification", "TOKEN_CLS", 1)).to(device)
+    if run.critic is None and not checkpoint:
+        torch.nn.init.zeros_(Trunk(critic).output.weight)
+    return critic
+
+
 def has_adapters(run: Run) -> bool:
     """Whether the policy with its adapters off is the reference."""
     return run.reference is None and run.policy.lora is not None
 
 
 def optimization(run: Run, models: Models, objective, steps: int):
-    """The optimiser (policy with and without weight decay, learned parts apart) and the schedule."""
+    """The optimiser (policy with and without weight decay, learned parts and the critic apart) and the schedule."""
     t = run.train
     named = models.trainable()
     groups = [{"params": [p for _, p in named if p.ndim >= 2], "weight_decay": t.weight_decay},
               {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0}]
     modules = [p for m in objective.modules() for p in m.parameters()]
     groups.append({"params": modules, "weight_decay": t.modules.weight_decay, "lr": t.modules.lr or t.lr})
+    critic = [p for p in models.critic.parameters() if p.requires_grad] if models.critic else []
+    groups.append({"params": critic, "weight_decay": t.critic.weight_decay, "lr": t.critic.lr or t.lr})
     optimizer = run.make_optimizer()([g for g in groups if g["params"]])
     from transformers import get_scheduler
     warmup = round(t.warmup * steps) if t.warmup < 1 else int(t.warmup)

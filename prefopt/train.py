@@ -20,14 +20,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_tools.batch import Batch
-from data_tools.columns import nearest
-from prefopt import checkpoints, folder, setup
+from prefopt import checkpoints, folder, online, setup
 from prefopt.config import Run, met
-from prefopt.diagnose import EVALUATION_METRICS, combined
+from prefopt.diagnose import combined
 from prefopt.forward import fill, forward
+from prefopt.held_out import evaluate, evaluating, judge
 from prefopt.models import Models
 from prefopt.ops import processes, total
-from prefopt.setup import has_adapters, load_models, load_reference, optimization, sampling, seed
+from prefopt.setup import load_models, load_reference, optimization, sampling, seed
 from prefopt.sources import Dataset, Online
 
 
@@ -41,11 +41,14 @@ class Result:
     stopped: str = ""
 
 
-def train(run: Run, *, resume: bool = False, show: bool = True) -> Result:
+def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable | None = None) -> Result:
     """Run `run` to its end, or, with `resume`, go on from its last checkpoint exactly where it stopped.
 
-    Writes metrics.jsonl, timing.jsonl, run.yaml, departures.yaml, versions.json, samples.jsonl, checkpoints/ and model/
-    into `run.out`. Raises ValueError for settings and data that cannot work, before a model is loaded where possible.
+    `score` fills in the rewards of sampled groups, in the place of what `rollout.rewards` names.
+
+    Writes metrics.jsonl, timing.jsonl, run.yaml, departures.yaml, versions.json, samples.jsonl or rollouts/, checkpoints/
+    and model/ into `run.out`. Raises ValueError for settings and data that cannot work, before a model is loaded where
+    possible.
     """
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()                                    # transformers' bars would break ours
@@ -69,18 +72,15 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> Result:
             data, held_out = folder.cache_reference(run, (data, held_out), partial(load_reference, run, accelerator.device),
                                                     accelerator.autocast)
     models = load_models(run, objective, tokenizer, checkpoint, accelerator.device, cached)
-    source = Dataset(data, settings.groups_per_step, epochs=settings.epochs, seed=settings.seed, shuffle=settings.shuffle,
-                     rank=accelerator.process_index, ranks=processes(), mismatched="mismatched" in reads,
-                     columns=folder.columns(reads))
-    if "online" in reads:
-        source = Online(source, sampling(run, models, tokenizer))
+    engine = online.sampler(run, models, tokenizer) if run.rollout else None
+    source = source_of(run, data, models, tokenizer, objective, accelerator, engine, score)
     steps = settings.steps or source.steps
     optimizer, scheduler = optimization(run, models, objective, steps)
     optimizer = accelerator.prepare_optimizer(optimizer)
     reference = models.reference_trainable() if objective.reference.moves else None
     progress = {"step": 0, "last": {}, "stopped": "", "best": None, "best_step": 0, "evaluations_since": 0}
     saved = dict(optimizer=optimizer, scheduler=scheduler, source=source, objective=objective, reference=reference,
-                 scaler=accelerator.scaler)
+                 critic=models.critic, scaler=accelerator.scaler)
     if checkpoint:
         progress = checkpoints.read(checkpoint, **saved)
     if accelerator.is_main_process:
@@ -90,6 +90,11 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> Result:
 
     update, batches, interrupted = run.update_rule(), iter(source), False
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    critic = {id(p) for p in models.critic.parameters()} if models.critic else set()
+    owners = {"grad_norm": [p for p in parameters if id(p) not in critic],
+              **({"grad_norm/critic": [p for p in parameters if id(p) in critic]} if critic else {})}
+    frozen = reads - ({"logp_now", "logp_old"} if run.rollout and online.at_once(run, objective) else {"logp_now"})
+    sizes = dict(tokens=settings.tokens, whole_groups=objective.whole_groups)
     visible = show and accelerator.is_main_process
     with (stop_signal(accelerator.device) as stopping, folder.progress_bar(steps, progress["step"], visible) as bar):
         while progress["step"] < steps and not (progress["stopped"] or interrupted):
@@ -97,32 +102,47 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> Result:
             seed(settings.seed, step, accelerator.process_index)
             batch, other = next(batches)
             batch = batch.to(accelerator.device)
+            wanted = frozen | ({"logp_old"} if step == 1 and run.rollout else set())      # to compare sampler and trainer
             with accelerator.autocast():
-                batch = fill(models, batch, reads, tokens=settings.tokens, other=other and other.to(accelerator.device))
-            batch = objective.annotate(batch)
-            if step == 1 and run.reference is None and {"logp", "logp_ref"} <= reads:
-                check_start(models, objective, batch, run, accelerator)
-
+                batch = fill(models, batch, wanted, other=other and other.to(accelerator.device), **sizes)
+            batch = objective.estimate(batch)
             logs = step % settings.log_every == 0 or step == steps
+            measured = source.metrics() if run.rollout and (logs or step == 1) else {}
+            if step == 1 and run.rollout:
+                online.check_rollout(batch, measured, exact(run))
 
-            def gradient(batch=batch, step=step, logs=logs) -> dict[str, float]:
-                optimizer.zero_grad()
-                sums: dict[str, Tensor] = {}
-                for micro in batch.microbatches(settings.tokens):
+            found: list[dict[str, float]] = []
+            for part in online.updates(batch, run, step):
+                if "logp_now" in reads:                       # the rollout's own on its first update
                     with accelerator.autocast():
-                        micro = forward(models, micro, reads)
-                    loss = objective.loss(micro)
-                    accelerator.backward(loss.value)
-                    add(sums, {"loss": loss.value.detach(), **(loss.metrics if logs else {})})
-                add_over_processes(parameters)
-                accelerator.unscale_gradients(optimizer)
-                sums["grad_norm"] = nn.utils.clip_grad_norm_(parameters, settings.clip or float("inf"))
-                values = logged(sums)
-                check_finite(values, step, out, scaled=accelerator.scaler is not None)
-                return values
+                        part = fill(models, part, {"logp_now"} if found else set(), **sizes)
+                    if "logp_now" not in part:
+                        part = part.with_columns(logp_now=part["logp_old"])
+                part = objective.annotate(part)
+                if step == 1 and not found and run.reference is None and {"logp", "logp_ref"} <= reads:
+                    check_start(models, objective, part, run, accelerator)
 
+                def gradient(part=part, step=step, logs=logs) -> dict[str, float]:
+                    optimizer.zero_grad()
+                    sums: dict[str, Tensor] = {}
+                    for micro in part.microbatches(**sizes):
+                        with accelerator.autocast():
+                            micro = forward(models, micro, reads | ({"entropy"} if logs and run.rollout else set()))
+                        loss = objective.loss(micro)
+                        accelerator.backward(loss.value)
+                        add(sums, {"loss": loss.value.detach(), **(loss.metrics if logs else {})})
+                    add_over_processes(parameters)
+                    accelerator.unscale_gradients(optimizer)
+                    for owner, own in owners.items():
+                        sums[owner] = nn.utils.clip_grad_norm_(own, settings.clip or float("inf"))
+                    values = logged(sums)
+                    check_finite(values, step, out, scaled=accelerator.scaler is not None)
+                    return values
+
+                if run.rollout is None or online.weighs(part):
+                    found.append(update(parameters, optimizer, gradient))
+            values = {**measured, **mean(found)}
             lr = scheduler.get_last_lr()[0]
-            values = update(parameters, optimizer, gradient)
             scheduler.step()
             source.feed(batch)
             progress["step"] = step
@@ -135,9 +155,10 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> Result:
             tokens = int(total(batch["attend"].sum()))
             folder.timing(accelerator, out, step, tokens, time.perf_counter() - started)
             if held_out is not None and (step == steps or settings.eval_every and step % settings.eval_every == 0):
-                found = evaluate(models, objective, held_out, run, accelerator)
-                folder.log(accelerator, out, {"step": step, **found}, step)
-                progress["last"].update(found)
+                values = online.evaluate(run, held_out, engine, models, accelerator, step, score=score) if run.rollout else \
+                    evaluate(models, objective, held_out, run, accelerator)
+                folder.log(accelerator, out, {"step": step, **values}, step)
+                progress["last"].update(values)
                 judge(progress, run, objective, models, accelerator, out)
             bar(step, tokens, progress["last"])
             done, interrupted = bool(progress["stopped"]) or step == steps, stopping()
@@ -149,6 +170,8 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> Result:
     finished = bool(progress["stopped"]) or progress["step"] >= steps
     if finished and accelerator.is_main_process:
         checkpoints.save_model(models.policy, tokenizer, out / "model", objective, folder.card(run))
+    if engine is not None:
+        engine.close()
     accelerator.wait_for_everyone()
     if run.log:
         accelerator.end_training()
@@ -172,10 +195,16 @@ def add_over_processes(parameters) -> None:
 
 
 def logged(sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """Weighted sums -> numbers, over all processes, in one transfer. The gradient norm is already the same everywhere."""
-    keys = [k for k in sums if k != "grad_norm"]
+    """Weighted sums -> numbers, over all processes, in one transfer. Gradient norms are already the same everywhere."""
+    norms = {k: float(v) for k, v in sums.items() if k.startswith("grad_norm")}
+    keys = [k for k in sums if k not in norms]
     values = total(torch.stack([sums[k].double() for k in keys])).tolist()
-    return {**combined(dict(zip(keys, values, strict=True))), "grad_norm": float(sums["grad_norm"])}
+    return {**combined(dict(zip(keys, values, strict=True))), **norms}
+
+
+def mean(found: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the updates of a step."""
+    return {k: sum(f[k] for f in found) / len(found) for k in (found[0] if found else {})}
 
 
 def check_finite(metrics: Mapping[str, float], step: int, out: Path, *, scaled: bool) -> None:
@@ -190,83 +219,31 @@ def check_finite(metrics: Mapping[str, float], step: int, out: Path, *, scaled: 
 @torch.no_grad()
 def check_start(models: Models, objective, batch: Batch, run: Run, accelerator) -> None:
     """At the first step the policy is the reference, so the loss must be the recipe's constant. Anything else is a bug."""
-    micro = next(batch.microbatches(run.train.tokens))
+    micro = next(batch.microbatches(run.train.tokens, objective.whole_groups))
     with evaluating(*objective.modules()):                    # their dropout is no mistake
         with accelerator.autocast():
             micro = forward(models, micro, objective.reads())
         value, expected = (float(objective.loss(m).value) for m in (micro, micro.with_columns(logp=micro["logp_ref"])))
     gap = float((micro["logp"] - micro["logp_ref"])[micro["mask"].bool()].abs().max())
-    exact = run.policy.dtype in ("float32", "float64") and run.train.precision == "no" and not run.policy.quantize
-    if gap > (1e-3 if exact else 0.5) or (exact and abs(value - expected) > 1e-2 * max(abs(expected), 1e-3)):
+    if gap > (1e-3 if exact(run) else 0.5) or (exact(run) and abs(value - expected) > 1e-2 * max(abs(expected), 1e-3)):
         raise ValueError(f"at the start the policy differs from its reference: largest gap of a token's log-probability "
                          f"{gap:.2g}, loss {value:.6g} instead of {expected:.6g}. Check dropout, the cached "
                          f"reference (data.cache_reference) and policy.name")
 
 
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Modules in evaluation mode, and afterwards as they were."""
-    before = [m.training for m in modules]
-    try:
-        for m in modules:
-            m.eval()
-        yield
-    finally:
-        for m, training in zip(modules, before, strict=True):
-            m.train(training)
+def exact(run: Run) -> bool:
+    """Whether the policy computes in float32 or better."""
+    return run.policy.dtype in ("float32", "float64") and run.train.precision == "no" and not run.policy.quantize
 
 
-@torch.no_grad()
-def evaluate(models: Models, objective, data, run: Run, accelerator) -> dict[str, float]:
-    """Metrics on held-out groups, weighted by group; parts with memory and modules are put back as they were.
-
-    kl/ref needs the reference itself, so it is not measured where only its cached log-probabilities are there.
-    """
-    seed(run.train.seed, 0, accelerator.process_index)
-    memory = {k: p.state_dict() for k, p in objective.states().items()}
-    reads, rank = objective.reads(), accelerator.process_index
-    if "logp_ref" in reads and (models.reference is not None or has_adapters(run)):
-        reads = reads | {"token_kl"}
-    source = Dataset(data, run.train.groups_per_step, shuffle=False, rank=rank, ranks=processes(),
-                     mismatched="mismatched" in reads, columns=folder.columns(reads))
-    if "online" in reads:
-        source = Online(source, sampling(run, models, models.tokenizer))
-    sums: dict[str, float] = {}
-    with evaluating(models.policy, *objective.modules()):
-        for i in range(source.steps_per_epoch):
-            batch, other = (b and b.to(accelerator.device) for b in source.take(source.indices(i)))
-            with accelerator.autocast():
-                batch = fill(models, batch, reads, tokens=run.train.tokens, other=other)
-            batch = objective.annotate(batch)
-            found: dict[str, Tensor] = {}
-            for micro in batch.microbatches(run.train.tokens):
-                with accelerator.autocast():
-                    micro = forward(models, micro, reads)
-                loss = objective.loss(micro)
-                add(found, {"loss": loss.value, **loss.metrics, **objective.measure(micro, EVALUATION_METRICS)})
-            values = total(torch.stack([v.double() for v in found.values()])).tolist()
-            for key, value in zip(found, values, strict=True):
-                sums[key] = sums.get(key, 0.0) + value * len(source.indices(i)) / len(data)
-            for key, part in objective.states().items():
-                part.load_state_dict(memory[key])
-    return {f"eval/{k}": v for k, v in combined(sums).items()}
-
-
-def judge(progress: dict, run: Run, objective, models: Models, accelerator, out: Path) -> None:
-    """Keep the best model by the held-out metric, and say in `progress` when to stop."""
-    metric, patience, last = run.train.metric, run.train.patience, progress["last"]
-    if metric not in last:
-        raise ValueError(f"train.metric {metric!r} is not measured{nearest(metric, last)}; measured: "
-                         f"{', '.join(sorted(k for k in last if k.startswith('eval/')))}")
-    value = -last[metric] if "loss" in metric or metric.startswith("eval/kl") else last[metric]
-    if np.isfinite(value) and (progress["best"] is None or value > progress["best"]):
-        progress.update(best=value, best_step=progress["step"], evaluations_since=0)
-        if patience and accelerator.is_main_process:
-            checkpoints.save_model(models.policy, models.tokenizer, out / "best", objective, folder.card(run))
-    else:
-        progress["evaluations_since"] += 1
-    if patience and progress["evaluations_since"] >= patience:
-        progress["stopped"] = f"{metric} has not improved for {patience} evaluations; best at step {progress['best_step']}"
+def source_of(run: Run, data, models: Models, tokenizer, objective, accelerator, engine, score):
+    """The groups of each step: a prepared data set, with fresh responses beside it where a recipe reads them, or rollouts."""
+    if run.rollout:
+        return online.rollouts(run, data, engine, models, tokenizer, objective, accelerator, score=score)
+    t, reads = run.train, objective.reads()
+    found = Dataset(data, t.groups_per_step, epochs=t.epochs, seed=t.seed, shuffle=t.shuffle, rank=accelerator.process_index,
+                    ranks=processes(), mismatched="mismatched" in reads, columns=folder.columns(reads))
+    return Online(found, sampling(run, models, tokenizer)) if "online" in reads else found
 
 
 def unmet(expect: Mapping[str, str], last: Mapping[str, float]) -> Iterator[str]:

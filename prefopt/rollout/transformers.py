@@ -1,114 +1,289 @@
-"""The embedded sampler: transformers' own generation, tokens in and tokens out."""
+"""The embedded sampler: the policy itself, tokens in and tokens out, each prompt read once for all its samples."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from inspect import signature
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_tools.encoding import Encoding, encode
-from data_tools.records import Group, Prompt, Response
-from prefopt.models import is_peft
+from data_tools.encoding import Encoding, pad_token
+from prefopt.models import Trunk, is_peft
+from prefopt.ops import upcast
+from prefopt.rollout.base import Ask, Choice, Engine, Sample, check, decoded, end_tokens, fresh_seed, identify, noise, stop_at
+from prefopt.rollout.base import prompt_ids as prompt_ids
 
-__all__ = ["Sampler", "continuations", "prompt_ids"]
+__all__ = ["Decoder", "Sampler", "continuations", "distribution", "drawn", "prompt_ids"]
+
+PREFILL = 16_384                                              # tokens of prompts in one forward pass
 
 
-@torch.no_grad()
+class Sampler(Engine):
+    """Groups of n sampled responses for prompts of text or messages; see `Engine` for the settings of a call.
+
+    A response keeps its sampled tokens and their log-probabilities; `meta["finished"]` says whether it ended itself,
+    `meta["stopped"]` how (eos, stop, length). What the model's own generation settings say does not count, but for end
+    tokens: samples are the policy's. `batch` is how many responses are sampled together, `encoding` the one that training
+    uses. A seed gives the same tokens whatever the batch, except where a uniform number falls within float rounding of
+    the border between two tokens: matrix products of other sizes round differently (in float32 about one token in 10^6).
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, *, batch: int = 64, encoding: Encoding = Encoding()):
+        self.tokenizer, self.batch, self.encoding, self.version = tokenizer, batch, encoding, None
+        self.decoder = self.of(model)
+
+    def of(self, model: nn.Module) -> Decoder:
+        own = model.get_base_model() if is_peft(model) else model
+        return Decoder(model, end_tokens(self.tokenizer, own.generation_config, self.encoding), pad_token(self.tokenizer),
+                       self.batch, self.tokenizer)
+
+    def continued(self, asks: Sequence[Ask], choice: Choice) -> list[list[Sample]]:
+        return self.decoder(asks, choice)
+
+    def sync(self, model: nn.Module, version: int | None = None) -> None:
+        """The sampler holds the policy itself, so it always samples from the current weights."""
+        if model is not self.decoder.model:
+            self.decoder = self.of(model)
+        self.version = version
+
+    def close(self) -> None:
+        """There is nothing but the policy."""
+
+
 def continuations(model: nn.Module, prompts: Sequence[Tensor], *, n: int, max_new_tokens: int, pad: int,
                   eos: int | Sequence[int] | None, temperature: float = 1.0, top_p: float = 1.0,
                   top_k: int = 0) -> list[list[Tensor]]:
     """n continuations of each prompt (1-D ids), each cut after its end token. temperature 0 takes the most likely token.
 
-    All prompts are generated together, padded on the left, and each is read once for its n continuations. What the
-    model's own generation_config says (repetition penalties, top-k) does not count: samples are the policy's. torch's
-    global generator decides, so a seed or a checkpoint of it repeats them exactly.
+    torch's global generator decides, so that a seed or a checkpoint of it repeats them exactly.
     """
     ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    lengths = torch.tensor([len(p) for p in prompts])
-    if not len(lengths) or int(lengths.min()) < 1 or n < 1:
-        raise ValueError(f"sampling needs prompts of at least one token and n >= 1, found {len(prompts)} prompts, the "
-                         f"shortest of {int(lengths.min()) if len(lengths) else 0} tokens, and n = {n}")
-    ids = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True, padding_value=pad, padding_side="left")
-    width = ids.shape[1]
-    attend = (torch.arange(width) >= width - lengths[:, None]).long().to(ids.device)
-    choice = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature else \
-        dict(do_sample=False)
-    with undisturbed(model) as base:
-        made = base.generate(input_ids=ids.repeat_interleave(n, 0), attention_mask=attend.repeat_interleave(n, 0),
-                             past_key_values=prefilled(base, ids, attend, n), max_new_tokens=max_new_tokens,
-                             pad_token_id=pad, eos_token_id=ends or None, use_cache=True, **choice)[:, width:]
-    cut = [tokens[:next((k + 1 for k, t in enumerate(tokens.tolist()) if t in ends), None)] for tokens in made]
-    return [cut[i:i + n] for i in range(0, len(cut), n)]
+    ids, seed = [p.tolist() for p in prompts], fresh_seed()
+    asks = [Ask(i, noise(seed, key), n, max_new_tokens) for i, key in zip(ids, identify(ids), strict=True)]
+    check(asks)
+    made = Decoder(model, ends, pad, len(ids) * n)(asks, Choice(temperature, top_p, top_k))
+    return [[torch.tensor(s.tokens, device=p.device) for s in samples] for p, samples in zip(prompts, made, strict=True)]
 
 
-def prefilled(model: nn.Module, ids: Tensor, attend: Tensor, n: int):
-    """The cache of all prompt tokens but the last, n times each; None where that cannot be had or saves nothing."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-    if n == 1 or ids.shape[1] == 1:
-        return None
-    cache = model.generate(input_ids=ids[:, :-1], attention_mask=attend[:, :-1], max_new_tokens=1, do_sample=False,
-                           return_dict_in_generate=True, use_cache=True).past_key_values
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
-        return None                                           # states of linear attention are not repeated
-    cache.batch_repeat_interleave(n)
-    return cache
+# -------------------------------------------------------------------------------------------------------- distributions
+def distribution(logits: Tensor, choice: Choice) -> Tensor:
+    """Log-probabilities (..., V) that a token is drawn from: logits / temperature, cut by top_k, then by top_p, normalised.
+
+    top_k keeps ties with the k-th. top_p keeps the most likely tokens until their sum reaches top_p. At temperature 0 the
+    model's own.
+
+    >>> distribution(torch.tensor([0.5, 0.3, 0.2]).log(), Choice(top_p=0.6)).exp()
+    tensor([0.6250, 0.3750, 0.0000])
+    """
+    logits = upcast(logits)
+    if not choice.temperature:
+        return logits.log_softmax(-1)
+    logits = logits / choice.temperature
+    if 0 < choice.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(choice.top_k).values[..., -1:], -torch.inf)
+    if choice.top_p < 1:
+        ordered, order = logits.double().softmax(-1).sort(stable=True, dim=-1, descending=True)
+        cut = ordered.cumsum(-1) - ordered >= choice.top_p
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -torch.inf)
+    return logits.log_softmax(-1)
+
+
+def drawn(logp: Tensor, uniform: Tensor) -> Tensor:
+    """The token (N) at which the cumulative probability passes a uniform number in [0, 1).
+
+    >>> drawn(torch.tensor([[0.5, 0.0, 0.5]] * 3).log(), torch.tensor([0.0, 0.499, 0.5], dtype=torch.float64))
+    tensor([0, 0, 2])
+    """
+    below = logp.double().exp().cumsum(-1)
+    return torch.searchsorted(below, uniform[:, None] * below[:, -1:], right=True).squeeze(-1)
+
+
+def uniforms(stream: int, count: int) -> np.ndarray:
+    """The first numbers of a stream, multiples of 2^-32: none rounds to 1 in products. More of them begin with the same."""
+    return np.random.Generator(np.random.Philox(key=stream)).integers(2**32, size=count, dtype=np.uint64) / 2.0**32
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+@dataclass
+class Row:
+    """A response that grows. `home` is which sample of which ask it is."""
+    home: tuple[int, int]
+    stream: int
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    stopped: str = ""
+
+    def grow(self, token: int, logp: float, ends: set[int], stopping: Stopping) -> None:
+        self.tokens.append(token)
+        self.logp.append(logp)
+        if token in ends:
+            self.stopped = "eos"
+        elif stopping(self.tokens):
+            self.stopped = "stop"
+        elif len(self.tokens) == self.limit:
+            self.stopped = "length"
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """Whether tokens end in a stop string. Only as many are decoded as a string may span, since a character is up to four
+    tokens of bytes."""
+    stop: tuple[str, ...]
+    tokenizer: object
+
+    def __call__(self, tokens: list[int]) -> bool:
+        if not self.stop:
+            return False
+        tail = tokens[-4 * max(map(len, self.stop)) - 8:]
+        return stop_at(decoded(self.tokenizer, tail), self.stop) is not None
+
+
+@dataclass
+class Decoder:
+    """Continues ids by the model's own body, head and cache.
+
+    Every different prompt is read once, and its cache is repeated for its rows; `batch` rows grow together, those of long
+    prompts first, and the cache drops rows that ended when they are a quarter. Padding is on the left. `counts` holds
+    forward passes, prompt tokens read, padding among them, and tokens that rows fed back, ended rows included.
+    """
+    model: nn.Module
+    ends: Sequence[int]
+    pad: int
+    batch: int
+    tokenizer: object = None
+    prefill: int = PREFILL
+    counts: dict = field(default_factory=lambda: {"forwards": 0, "prompt": 0, "padding": 0, "decoded": 0})
+
+    def __post_init__(self):
+        self.trunk = Trunk(self.model)
+        base = self.model.get_base_model() if is_peft(self.model) else self.model
+        self.config = base.config
+        known = signature(self.trunk.body.forward).parameters
+        self.cache = next((name for name in ("past_key_values", "cache_params") if name in known), None)
+        if self.cache is None:
+            raise ValueError(f"{self.trunk.name} has no cache that prefopt knows (its forward takes neither past_key_values "
+                             f"nor cache_params), so that the embedded sampler cannot run it: sample with vLLM")
+        self.positions = "position_ids" in known
+        self.places = getattr(base.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+
+    @torch.no_grad()
+    def __call__(self, asks: Sequence[Ask], choice: Choice) -> list[list[Sample]]:
+        """The samples of each ask. A row also ends, by length, where the model has no more positions."""
+        longest = max(len(ask.ids) for ask in asks)
+        if longest >= self.places:
+            raise ValueError(f"a prompt has {longest} tokens, and the model has {self.places} positions for a prompt and its "
+                             f"response: cut prompts with max_prompt of the encoding")
+        if (largest := max(max(ask.ids) for ask in asks)) >= self.trunk.vocabulary:
+            raise ValueError(f"a prompt holds token {largest}, and the model knows {self.trunk.vocabulary}: the tokenizer is "
+                             f"another model's")
+        prompts: dict[tuple, list[Row]] = {}
+        for a, ask in enumerate(asks):
+            limit = int(min(ask.limit, self.places - len(ask.ids)))
+            prompts.setdefault(tuple(ask.ids), []).extend(Row((a, j), ask.noise + j, limit) for j in range(ask.n))
+        stopping = Stopping(choice.stop, self.tokenizer)
+        with evaluation(self.model):
+            try:
+                for pack in packs(prompts, self.batch):
+                    self.sample(pack, choice, stopping)
+            except torch.OutOfMemoryError as error:
+                raise RuntimeError(f"the sampler ran out of memory with {self.batch} responses at a time: lower its batch "
+                                   f"({str(error).splitlines()[0]})") from error
+        made = {row.home: Sample(row.tokens, row.logp, row.stopped) for rows in prompts.values() for row in rows}
+        return [[made[a, j] for j in range(ask.n)] for a, ask in enumerate(asks)]
+
+    def sample(self, pack: Mapping[tuple, list[Row]], choice: Choice, stopping: Stopping) -> None:
+        """All rows of some prompts, `batch` at a time."""
+        device = next(self.model.parameters()).device
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in pack], batch_first=True, padding_value=self.pad,
+                                        padding_side="left").to(device)
+        length = torch.tensor([len(p) for p in pack], device=device)
+        attend = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - length[:, None]).long()
+        if not self.trunk.checked:
+            self.trunk.check(ids[:1, ids.shape[1] - length[0]:])
+        state, cache = self.read(ids, attend)
+        rows = [(n, row) for n, rows in enumerate(pack.values()) for row in rows]
+        for start in range(0, len(rows), self.batch):
+            places, some = zip(*rows[start:start + self.batch], strict=True)
+            of = torch.tensor(places, device=device)
+            own = cache if start + self.batch >= len(rows) else copy.deepcopy(cache)
+            own.reorder_cache(of)
+            self.grow(list(some), own, state[of], attend[of], choice, stopping)
+
+    def read(self, ids: Tensor, attend: Tensor) -> tuple[Tensor, object]:
+        """Last states (N, D) of the prompts and the cache of all their tokens, made within a budget of tokens."""
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+        cache = DynamicCache(config=self.config)
+        plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+        width = max(1, self.prefill // len(ids)) if plain else ids.shape[1]            # other states are made in one piece
+        position = (attend.cumsum(1) - 1).clamp(min=0)
+        for start in range(0, ids.shape[1], width):
+            part = slice(start, start + width)
+            hidden = self.forward(ids[:, part], attend[:, :start + width], position[:, part], cache)
+        self.counts["prompt"] += int(attend.sum())
+        self.counts["padding"] += int((1 - attend).sum())
+        return hidden, cache
+
+    def forward(self, ids: Tensor, attend: Tensor | None, position: Tensor, cache) -> Tensor:
+        """The state after the last of these tokens, (N, D)."""
+        self.counts["forwards"] += 1
+        more = {"position_ids": position} if self.positions else {}
+        return self.trunk.body(input_ids=ids, attention_mask=attend, use_cache=True, **{self.cache: cache},
+                               **more).last_hidden_state[:, -1]
+
+    def grow(self, rows: list[Row], cache, state: Tensor, attend: Tensor, choice: Choice, stopping: Stopping) -> None:
+        """Rows token by token until all have ended."""
+        device, ends, width = state.device, set(self.ends), attend.shape[1]
+        most = max(row.limit for row in rows)
+        uniform = torch.from_numpy(np.stack([uniforms(row.stream, most) for row in rows])).to(device)
+        attend, position = nn.functional.pad(attend, (0, most), value=1), attend.sum(1)
+        for step in range(most):
+            logp = distribution(self.trunk.head(state), choice)
+            if bool(logp[:, 0].isnan().any()):                # one number that is not finite makes them all NaN
+                raise RuntimeError(f"{self.trunk.name} gives logits that are not finite after {step} sampled tokens: its "
+                                   f"weights are broken, or its dtype is too narrow")
+            token = drawn(logp, uniform[:, step]) if choice.temperature else logp.argmax(-1)
+            for row, t, value in zip(rows, token.tolist(), logp.gather(1, token[:, None])[:, 0].tolist(), strict=True):
+                if not row.stopped:
+                    row.grow(t, value, ends, stopping)
+            left = [k for k, row in enumerate(rows) if not row.stopped]
+            if not left:
+                return
+            if 4 * len(left) <= 3 * len(rows):
+                keep = torch.tensor(left, device=device)
+                cache.reorder_cache(keep)
+                rows = [rows[k] for k in left]
+                uniform, attend, position, token = uniform[keep], attend[keep], position[keep], token[keep]
+            seen = attend[:, :width + step + 1] if self.cache == "past_key_values" else None       # states have no padding left
+            state = self.forward(token[:, None], seen, (position + step)[:, None], cache)
+            self.counts["decoded"] += len(rows)
+
+
+def packs(prompts: Mapping[tuple, list[Row]], batch: int) -> Iterator[dict[tuple, list[Row]]]:
+    """Prompts in packs of at most `batch` rows, or of one prompt: long ones first, so that little padding is read and what
+    does not fit fails at once."""
+    pack: dict[tuple, list[Row]] = {}
+    size = 0
+    for ids in sorted(prompts, key=len, reverse=True):
+        if pack and size + len(prompts[ids]) > batch:
+            yield pack
+            pack, size = {}, 0
+        pack[ids], size = prompts[ids], size + len(prompts[ids])
+    yield pack
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
-    """The model (adapters inside) in evaluation mode and without its own generation settings; put back at the end."""
-    from transformers import GenerationConfig
-    base = model.get_base_model() if is_peft(model) else model
-    training, settings = model.training, base.generation_config
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; each module is put back into its own."""
+    training: Iterable[nn.Module] = [m for m in model.modules() if m.training]
     model.eval()
-    base.generation_config = GenerationConfig()
     try:
-        yield base
+        yield
     finally:
-        base.generation_config = settings
-        model.train(training)
-
-
-def prompt_ids(prompts: Sequence[Prompt], tokenizer, encoding: Encoding = Encoding()) -> list[Tensor]:
-    """The ids of prompts as training sees them: chat template, BOS and limits. A prompt that is dropped is an error."""
-    groups = encode([Group(p, [Response("", tokens=[0])]) for p in prompts], tokenizer, encoding)
-    if len(groups) < len(prompts):
-        raise ValueError(f"{len(prompts) - len(groups)} of {len(prompts)} prompts are longer than the encoding allows: "
-                         f"cut them with long_prompt='keep_end', or leave them out")
-    return [torch.from_numpy(g.prompt.astype("int64")) for g in groups]
-
-
-class Sampler:
-    """Groups of n sampled responses for prompts of text or messages.
-
-    A response keeps its sampled tokens, so it is never tokenised again; `meta['finished']` says whether it ended itself.
-    `batch` prompts are sampled together. `encoding` is the one that training uses.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer, *, batch: int = 64, encoding: Encoding = Encoding()):
-        self.model, self.tokenizer, self.batch, self.encoding = model, tokenizer, batch, encoding
-
-    def __call__(self, prompts: Sequence[Prompt], *, n: int, max_new_tokens: int = 256, temperature: float = 1.0,
-                 top_p: float = 1.0, top_k: int = 0) -> list[Group]:
-        device = next(self.model.parameters()).device
-        eos = self.tokenizer.eos_token_id
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else eos or 0
-        out = []
-        for start in range(0, len(prompts), self.batch):
-            some = prompts[start:start + self.batch]
-            ids = [i.to(device) for i in prompt_ids(some, self.tokenizer, self.encoding)]
-            made = continuations(self.model, ids, n=n, max_new_tokens=max_new_tokens, pad=pad, eos=eos,
-                                 temperature=temperature, top_p=top_p, top_k=top_k)
-            for prompt, tokens in zip(some, made, strict=True):
-                out.append(Group(prompt, [self.response(t.tolist(), eos) for t in tokens]))
-        return out
-
-    def response(self, tokens: list[int], eos: int | None) -> Response:
-        finished = bool(tokens) and tokens[-1] == eos
-        text = self.tokenizer.decode(tokens[:-1] if finished else tokens)
-        return Response(text, tokens=tokens, meta={"finished": finished})
-
-    def sync(self, model: nn.Module) -> None:
-        """The sampler holds the policy itself, so it always samples from the current weights."""
-        self.model = model
+        for module in training:
+            module.training = True

@@ -1,0 +1,240 @@
+"""An on-policy run: its prompts, sampler, rewards and sources put together from settings, and what it checks and measures."""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_tools.batch import Batch
+from data_tools.collate import collate
+from data_tools.encoding import Counts
+from data_tools.records import Group
+from prefopt import parts
+from prefopt.config import Run
+from prefopt.ops import processes, total
+from prefopt.parts import bind, columns_read
+from prefopt.rollout import sources
+from prefopt.rollout.sources import GroupSource, Rollouts
+
+ORDERS = {"shuffled": lambda: sources.shuffled, "by_field": sources.by_field}
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+class Prompts(list):
+    """Prompts of a run with what identifies them."""
+
+    def __init__(self, groups: Sequence[Group], fingerprint: str):
+        list.__init__(self, groups)
+        self.fingerprint = fingerprint
+
+
+def prompts(run: Run, tokenizer, *, held_out: bool = False) -> Prompts:
+    """Every prompt of the run's data, checked: none is empty or too long. Responses that a file has are left aside."""
+    from data_tools import formats
+
+    from prefopt.folder import content
+    from prefopt.rollout.transformers import prompt_ids
+    d, roll = run.data, run.rollout
+    source = d.eval if held_out else d.train
+    sources = [source] if isinstance(source, str) else source
+    groups = list(formats.load(source, format=d.format, streaming=d.streaming, columns=d.columns,
+                               split=d.eval_split if held_out else d.split, limit=d.eval_limit if held_out else d.limit))
+    if not groups:
+        raise ValueError(f"{', '.join(sources)}: there is no prompt in it")
+    for group in groups:
+        if not group.prompt:
+            raise ValueError(f"{group.meta.get('place', 'a prompt')}: the prompt is empty")
+    longest = max(len(ids) for ids in prompt_ids([g.prompt for g in groups], tokenizer, d.encoded()))
+    needed = longest + roll.max_new_tokens
+    if run.train.tokens and needed > run.train.tokens:
+        raise ValueError(f"{', '.join(sources)}: the longest prompt has {longest} tokens, so that a response with its prompt may "
+                         f"take {needed}, more than a micro-batch: raise train.tokens to at least {needed}, lower "
+                         f"rollout.max_new_tokens, or cut prompts with data.max_prompt")
+    said = repr([content(s) for s in sources]) + repr((d.model_dump(), held_out))
+    return Prompts(groups, blake2b(said.encode(), digest_size=8).hexdigest())
+
+
+def given(run: Run) -> list[Group]:
+    """Groups with responses and rewards that are mixed in."""
+    from data_tools import formats
+    groups = list(formats.load(run.rollout.mix.data))
+    for group in groups:
+        if missing := [n for n, r in enumerate(group.responses, 1) if "reward" not in r.scores]:
+            raise ValueError(f"{group.meta.get('place', 'a group')}: response {missing[0]} has no scores: {{reward: ...}}, which "
+                             f"rollout.mix needs")
+    return groups
+
+
+# --------------------------------------------------------------------------------------------------------------- source
+def rollouts(run: Run, data: Prompts, engine, models, tokenizer, objective, accelerator, *,
+             score: Callable | None = None) -> Rollouts:
+    """The source of an on-policy run. `engine` is its sampler."""
+    roll, rank, ranks = run.rollout, accelerator.process_index, processes()
+    source: GroupSource
+    if roll.recorded:
+        source = sources.Recorded(Path(roll.recorded), rank=rank, ranks=ranks)
+    else:
+        name, arguments = named(roll.order)
+        order = parts.find(name, "prefopt.rollout.sources") if ":" in name else ORDERS[name](**arguments)
+        sample = partial(sampled, run, engine, models, accelerator, program(run, objective))
+        source = sources.OnPolicy(data, sample, score or scorer(run), seed=run.train.seed, order=order)
+        if getattr(objective, "keep", None) is not None:
+            source = sources.Filter(source, partial(kept, objective, encoder(run, tokenizer)), rounds=roll.refill)
+        if roll.mix:
+            source = sources.Mix(source, given(run), share=roll.mix.share, seed=run.train.seed)
+        if roll.replay:
+            source = sources.Replay(source, size=roll.replay.size, share=roll.replay.share, seed=run.train.seed)
+        if roll.dump:
+            source = sources.Dump(source, Path(run.out) / "rollouts", rank=rank, ranks=ranks)
+    return Rollouts(source, encoder(run, tokenizer), run.train.groups_per_step, prompts=len(data), epochs=run.train.epochs,
+                    rank=rank, ranks=ranks, labels=objective.whole_groups)
+
+
+def named(spec: str | dict) -> tuple[str, dict]:
+    if isinstance(spec, str):
+        return spec, {}
+    (name, arguments), = spec.items()
+    return name, arguments or {}
+
+
+def encoder(run: Run, tokenizer) -> Callable[[list[Group]], Batch]:
+    """Sampled groups as a batch. None may be lost on the way."""
+    def encode(groups: list[Group]) -> Batch:
+        counts = Counts()
+        batch = collate(groups, tokenizer, run.data.encoded(), counts=counts)
+        if counts.kept < counts.read:
+            raise ValueError(f"sampled groups were dropped: {counts}")
+        reward = batch["reward"] if "reward" in batch else torch.full((batch.N,), torch.nan)
+        return batch.with_columns(reward=reward)
+    return encode
+
+
+def scorer(run: Run) -> Callable[[list[Group]], list[Group]]:
+    """What fills in `scores` and their sum `scores["reward"]`. The package of rewards is found by name, as any part is."""
+    roll = run.rollout
+    return parts.find("rewards.online:scorer", "")(roll.rewards, unscored=roll.unscored, timeout=roll.timeout)
+
+
+def sampler(run: Run, models, tokenizer):
+    """The run's sampler: the policy itself, or an engine."""
+    roll = run.rollout
+    name, arguments = named(roll.sampler)
+    if name == "transformers":
+        from prefopt.rollout.transformers import Sampler
+        return Sampler(models.policy, tokenizer, batch=roll.batch, encoding=run.data.encoded(), **arguments)
+    if name in ("vllm", "vllm_server"):
+        from prefopt.rollout import vllm
+        make = vllm.VLLMSampler if name == "vllm" else vllm.VLLMServer
+        arguments = arguments if name == "vllm_server" else {"model": run.policy.name, "dtype": run.policy.dtype, **arguments}
+        return make(tokenizer=tokenizer, encoding=run.data.encoded(), **arguments)
+    return parts.find(name, "")(models=models, tokenizer=tokenizer, run=run, **arguments)
+
+
+def sampled(run: Run, engine, models, accelerator, program: Callable, groups: list[Group], keys: list[int],
+            version: int) -> list[Group]:
+    """The groups with k responses each, sampled by the policy as it is now, which has taken `version` steps."""
+    roll = run.rollout
+    engine.sync(models.policy, version)
+    with accelerator.autocast():
+        made = program(engine, [g.prompt for g in groups], n=roll.k, seed=run.train.seed, keys=keys, version=version, **sampling_settings(roll))
+    for old, new in zip(groups, made, strict=True):
+        rows = [r for r in new.responses if r.train]
+        if len(rows) != roll.k:
+            raise ValueError(f"the sampler returned {len(rows)} responses to a prompt where {roll.k} were asked for "
+                             f"({old.meta.get('place', 'prompt')})")
+        new.meta = {**new.meta, **old.meta}
+    return made
+
+
+def sampling_settings(roll) -> dict:
+    return {"max_new_tokens": roll.max_new_tokens, "temperature": roll.temperature, "top_p": roll.top_p, "top_k": roll.top_k,
+            "stop": tuple(roll.stop)}
+
+
+def program(run: Run, objective=None) -> Callable:
+    """How responses come about: one turn, with a greedy one beside it where the objective reads a probe, or one's own
+    program."""
+    from prefopt.rollout import programs
+    found = programs.single
+    if run.rollout.program is not None:
+        name, arguments = named(run.rollout.program)
+        found = parts.find(name, "prefopt.rollout.programs")
+        found = found(**arguments) if arguments else found
+    probes = objective is not None and not objective.whole_groups and "probe" in columns_read(objective.advantage)
+    return programs.with_greedy(found) if probes else found
+
+
+def kept(objective, encode: Callable[[list[Group]], Batch], groups: list[Group]) -> list[bool]:
+    """Which groups the recipe's `keep` keeps."""
+    batch = encode(groups)
+    return bind(objective.keep, objective.groups(batch)).bool().tolist()
+
+
+# -------------------------------------------------------------------------------------------------------------- updates
+def updates(batch: Batch, run: Run, step: int) -> Iterator[Batch]:
+    """The optimiser steps of a rollout: whole groups, shuffled by (seed, step). Every process takes as many."""
+    roll = run.rollout
+    count = 1 if roll is None else update_count(run)
+    if count == 1:
+        yield batch
+        return
+    rng = np.random.default_rng((run.train.seed, step))
+    for _ in range(roll.epochs):
+        for chosen in np.array_split(rng.permutation(batch.groups), count // roll.epochs):
+            yield batch.select(torch.isin(batch.index, torch.from_numpy(chosen).to(batch.index.device)).nonzero().squeeze(1))
+
+
+def update_count(run: Run) -> int:
+    """Optimiser steps of one rollout."""
+    roll = run.rollout
+    samples = run.train.groups_per_step * roll.k
+    return roll.epochs * -(-samples // (roll.samples_per_update or samples))
+
+
+def at_once(run: Run, objective) -> bool:
+    """Whether a rollout is trained on by one plain update, so that the old policy is the one that the loss sees."""
+    before = {"logp_old", "logp_now"} & objective.reads_before()
+    return not objective.whole_groups and run.update == "plain" and update_count(run) == 1 and not before
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+def check_rollout(batch: Batch, measured_now: dict[str, float], exact: bool) -> None:
+    """At the first step: sampler and trainer agree on what was sampled, and rewards differ somewhere."""
+    known = [c for c in ("logp_old", "logp") if c in batch]
+    if known and "logp_rollout" in batch:
+        mask = batch["mask"].bool() & torch.isfinite(batch["logp_rollout"])
+        gap = (batch[known[0]] - batch["logp_rollout"])[mask].abs()
+        largest = float(gap.max()) if len(gap) else 0.0
+        if exact and largest > 1e-2:
+            raise ValueError(f"sampler and trainer disagree about the log-probability of sampled tokens by up to {largest:.2g} "
+                             f"at the first step: weights, temperature, tokenizer or chat template of the two differ. A "
+                             f"recipe with a correction (set.correction) may train on such samples, but mend the cause first")
+        if largest > 1:
+            warnings.warn(f"sampler and trainer differ by up to {largest:.2g} in the log-probability of a sampled token: correct "
+                          f"for it with set.correction: truncated", stacklevel=2)
+    if measured_now.get("groups/contrast") == 0:
+        warnings.warn(f"at the first step all responses to each prompt have the same reward (mean {measured_now['reward']:.3g}): "
+                      f"a group recipe learns nothing from them. Check the reward on the samples in out/rollouts", stacklevel=2)
+
+
+def evaluate(run: Run, data: Prompts, engine, models, accelerator, step: int, *, score: Callable | None = None,
+             prompts: int = 64) -> dict[str, float]:
+    """Rewards of fresh responses to held-out prompts; their noise is the same at every evaluation."""
+    here = np.array_split(np.arange(len(data)), processes())[accelerator.process_index]
+    own = run.model_copy(update={"rollout": run.rollout.model_copy(update={"k": run.rollout.eval_k})})
+    score, found = score or scorer(run), []
+    for start in range(0, len(here), prompts):
+        places = [int(i) for i in here[start:start + prompts]]
+        groups = [Group(data[i].prompt, [], meta=dict(data[i].meta)) for i in places]
+        found += score(sampled(own, engine, models, accelerator, program(run), groups, [2 ** 40 + i for i in places], step))
+    return {f"eval/{k}": v for k, v in sources.measured(found).items()}
+
+
+def weighs(batch: Batch) -> bool:
+    """Whether anything in the optimiser step counts: all its groups may have been dropped."""
+    return "token_unit" not in batch or bool(total(batch["token_unit"].abs().sum()) > 0)
