@@ -45,6 +45,7 @@ COLUMNS: dict[str, Column] = {
                               "rollout)", "forward"),
     "finished": Column("N", "True where the response ended by itself, False where the limit cut it", "sampler"),
     "entropy": Column("N T", "entropy of the next-token distribution", "forward"),
+    "entropy_old": Column("N T", "the same before this rollout is trained on, no gradient", "forward"),
     "collision": Column("N T", "log sum_v p_v^2 of the next-token distribution (WPO)", "forward"),
     "token_kl": Column("N T", "KL(reference || policy) of the next-token distributions, with gradient", "forward"),
     "states_ref": Column("N T L D", "hidden states of layers 1..L of the reference at the position that predicts the "

@@ -39,6 +39,9 @@ def check(run: Run, *, records: int | None = None) -> Findings:
     yield from attempt("recipe", recipe, run)
     yield from attempt("packages", packages, run)
     yield from attempt("device", device, run)
+    if run.rollout:
+        yield from on_policy(run)
+        return
     train = yield from attempt("data.train", data, run, False, records)
     held_out = (yield from attempt("data.eval", data, run, True, records)) if run.data.eval else None
     rehearsal = yield from attempt("fit", fit, run)
@@ -53,6 +56,29 @@ def check(run: Run, *, records: int | None = None) -> Findings:
         yield from attempt("steps", steps, run, train)
     if rehearsal:
         yield from attempt("metrics", metrics, run, rehearsal)
+    yield from attempt("out", out, run)
+
+
+def on_policy(run: Run) -> Findings:
+    """The same for a run on its own samples: prompts in the place of data, and their rewards."""
+    from prefopt import check_rollout
+    tokenizer = yield from attempt("tokenizer", tokens_of, run)
+    found = (yield from attempt("data.train", check_rollout.prompts, run, tokenizer)) if tokenizer else None
+    if found:
+        yield from attempt("rewards", check_rollout.rewards, run, found[0])
+    yield from attempt("rollout", check_rollout.numbers, run)
+    config = yield from attempt("policy", model, run, tokenizer, None)
+    if config and found:
+        longest, t = found[1] + run.rollout.max_new_tokens, run.train
+        whole = longest * t.groups_per_step * run.rollout.k
+        limit = vars(config.get_text_config()).get("max_position_embeddings")
+        if limit and longest > limit:
+            yield error("policy", f"a prompt of {found[1]} tokens with rollout.max_new_tokens={run.rollout.max_new_tokens} is longer "
+                                  f"than the model was made for ({limit})")
+        yield from attempt("memory", room, run, config, None, min(whole, t.tokens or whole))
+        yield ok("steps", f"{t.steps or max(1, round(-(-len(found[0]) // t.groups_per_step) * t.epochs)):,} steps of "
+                          f"{t.groups_per_step} prompts, learning rate {t.lr:g}, {t.schedule}")
+    yield from attempt("metrics", check_rollout.metrics, run)
     yield from attempt("out", out, run)
 
 
@@ -292,13 +318,14 @@ def configuration(name: str, revision: str | None, trust_remote_code: bool, adap
     return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def room(run: Run, config, batch: Batch | None) -> Findings:
-    """Memory and disk against what is free."""
+def room(run: Run, config, batch: Batch | None, tokens: int | None = None) -> Findings:
+    """Memory and disk against what is free; `tokens` are those of the largest micro-batch, if known."""
     head, t = head_of(run.objective()), run.train
     own = memory.size(config, dtype=run.policy.dtype, lora=run.policy.lora, head=head)
     yield ok("policy", f"{type(config).__name__.removesuffix('Config')} with {own.parameters:,} parameters, "
                        f"{own.trainable:,} of them train")
-    tokens = t.tokens or 0 if batch is None else largest(batch, t.tokens, t.groups_per_step)
+    if tokens is None:
+        tokens = t.tokens or 0 if batch is None else largest(batch, t.tokens, t.groups_per_step)
     parts = memory.estimate(run, config, tokens=tokens)
     total, free = sum(parts.values()), memory.available(t.device)
     text = ", ".join(f"{what} {memory.gigabytes(count)}" for what, count in parts.items())

@@ -158,8 +158,8 @@ reward_app.command("train")(train)                            # a reward model i
 def finished(result, expect: dict[str, str]) -> None:
     """The last metrics, training beside held-out, and the expectations that are met."""
     from prefopt.evaluation import MAIN, described, ordered
-    terms = [k for k in result.metrics if k.startswith("loss/")]
-    shown = {*MAIN, *(terms if len(terms) > 1 else [])}
+    terms = [[k for k in result.metrics if k.startswith(head)] for head in ("loss/", "reward/", "pass@")]
+    shown = {*MAIN, *(k for some in terms for k in some if len(some) > 1 and not k.endswith("/std"))}
     names = [k for k in ordered({k.removeprefix("eval/"): 0.0 for k in result.metrics}) if k in shown]
     kinds = {f"step {result.steps}": "", "held out": "eval/"}
     if not any(k.startswith("eval/") for k in result.metrics):
@@ -273,14 +273,17 @@ def evaluate(
 # --------------------------------------------------------------------------------------------------------- look around
 @app.command("list")
 def list_recipes(
-    slot: Annotated[str | None, typer.Option(help="List the parts of a slot instead: score, margin, ranking, labels, "
-                                                  "pair_weight, regularisers, reduce, reference, annotations, "
-                                                  "providers, update; or `recipe` for what each recipe is.")] = None,
+    slot: Annotated[str | None, typer.Option(help="List the parts of a slot instead. Preference recipes: score, margin, "
+                                                  "ranking, labels, pair_weight, regularisers, reduce, reference, "
+                                                  "annotations, providers. On-policy recipes: shaping, keep, advantage, "
+                                                  "credit, normalise, ratio, surrogate, weight, penalties, reduce, reward_at, "
+                                                  "accept, correction, annotations, selections. Both: update. Or `recipe` for "
+                                                  "what each recipe is.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of recipes as Markdown.")] = False,
 ):
     """List all recipes with what fills their slots.
 
-    Only what differs from dpo is shown; `prefopt explain NAME` shows everything.
+    Only what differs from dpo, or of on-policy recipes from grpo, is shown; `prefopt explain NAME` shows everything.
 
     Examples:
 
@@ -298,26 +301,31 @@ def list_recipes(
     elif slot:
         console.print(grid((name, explain.document(part).summary) for name, part in explain.parts_of(slot).items()))
     else:
-        table = explain.table()
-        for theme, names in explain.themes().items():
-            console.print(Text(f"\n{theme}", style="bold"))
-            console.print(recipes_table({name: table[name] for name in names}))
-        console.print("\nA cell that is not there is as in dpo. What a recipe is: prefopt list --slot recipe, and "
+        for base in explain.BASES:
+            table = explain.table(base)
+            for theme, names in explain.themes().items():
+                if rows := {name: table[name] for name in names if name in table}:
+                    console.print(Text(f"\n{theme}", style="bold"))
+                    console.print(recipes_table(rows))
+        console.print("\nA cell that is not there is as in dpo, or grpo. What a recipe is: prefopt list --slot recipe, and "
                       "prefopt explain NAME.")
 
 
 def recipes_table(rows: dict[str, dict[str, str]]) -> Table:
-    """Score and ranking in columns, every other slot on a line of the last one."""
+    """Two main slots in columns, every other slot on a line of the last one."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for head, width in (("recipe", 20), ("score", 25), ("ranking", 20)):
+    main = ("score", "ranking") if "score" in next(iter(rows.values())) else ("advantage", "surrogate")
+    for head, width in (("recipe", 20), (main[0], 25), (main[1], 20)):
         table.add_column(head, width=width, style="cyan" if head == "recipe" else "", overflow="fold")
     table.add_column("other slots", overflow="fold")
     for name, filled in rows.items():
-        named = ("margin", "labels", "pair_weight", "reduce", "reference")
-        rest = [f"{slot.replace('_', ' ')}: {filled[slot]}" for slot in named if filled[slot]]
-        rest += [f"+ {term}" for term in filled["regularisers"].split("; ") if term]
-        rest += [made for slot in ("annotations", "providers") for made in filled[slot].split("; ") if made]
-        table.add_row(name, filled["score"], filled["ranking"], Text("\n".join(rest)))
+        added, made = ("regularisers", "penalties"), ("annotations", "providers", "selections")
+        rest = [f"{slot.replace('_', ' ')}: {text}" for slot, text in filled.items()
+                if text and slot not in (*main, *added, *made)]
+        rest += [f"{'+' if slot == 'regularisers' else '-'} {term}" for slot in added
+                 for term in filled.get(slot, "").split("; ") if term]
+        rest += [line for slot in made for line in filled.get(slot, "").split("; ") if line]
+        table.add_row(name, *(filled[slot] for slot in main), Text("\n".join(rest)))
     return table
 
 

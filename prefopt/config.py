@@ -130,7 +130,7 @@ class Rollout(Settings):
     unscored: Literal["raise", "mark"] = "raise"              # a response that no reward can be given: stop, or leave it out
     timeout: float | None = Field(None, gt=0)                 # seconds for one response's reward
     recorded: str | None = None                               # a folder of rollouts to train from, without sampling
-    dump: bool = True                                         # write what was sampled to out/rollouts
+    dump: int = Field(1, ge=0)                                # steps between rollouts written to out/rollouts; 0 for none
     eval_k: int = Field(1, ge=1)                              # responses per held-out prompt
 
 
@@ -274,6 +274,10 @@ def sampled(run: Run, objective) -> None:
     if (roll.top_p < 1 or roll.top_k) and policy and "logp_rollout" not in objective.reads():
         raise ValueError("rollout.top_p and top_k sample from another distribution than the one that is trained, so that ratios "
                          "and gradients are off: leave them at 1 and 0, or correct for it with set.correction: exact")
+    for setting, part in (*(("limit", p) for p in objective.shaping.values()), ("length", objective.reduce)) if policy else ():
+        if parts.hyperparameters(part).get(setting, roll.max_new_tokens) != roll.max_new_tokens:
+            raise ValueError(f"set.{setting} of recipe {name!r} is {parts.hyperparameters(part)[setting]}, and responses may have "
+                             f"rollout.max_new_tokens={roll.max_new_tokens}: set set.{setting}={roll.max_new_tokens}")
     if run.data.cache_reference:
         raise ValueError("no cache can hold log-probabilities of responses sampled in training: set data.cache_reference to "
                          "false")

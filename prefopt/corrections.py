@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import math
 
-import torch  # noqa: F401  (doctests)
+import torch
 
-from prefopt.ops import log_ratios, masked, masked_mean
+from prefopt.ops import log_ratios, masked
 from prefopt.parts import Tokens
 
-__all__ = ["accept_sequence", "accept_token", "exact", "masked_out", "masked_ratio", "truncated", "truncated_sequence"]
+__all__ = ["exact", "masked_out", "masked_ratio", "truncated", "truncated_sequence"]
 
 
 def log_weight(logp_old, logp_rollout, mask, limit=20.0):
     return log_ratios(logp_old.detach(), logp_rollout, mask).clamp(-limit, limit)
+
+
+def between(log_w, low, high):
+    return (log_w >= (math.log(low) if low > 0 else -math.inf)) & (log_w <= math.log(high))
 
 
 def exact(logp_old, logp_rollout, mask, *, limit=20.0) -> Tokens:
@@ -91,7 +95,7 @@ def masked_ratio(logp_old, logp_rollout, mask, *, low=0.0, high=2.0) -> Tokens:
     >>> masked_ratio(torch.tensor([.9, .3]).log(), torch.tensor([.3, .6]).log(), torch.ones(2))
     tensor([0.0000, 0.5000])
     """
-    return masked(exact(logp_old, logp_rollout, mask), accept_token(logp_old, logp_rollout, mask, low=low, high=high))
+    return masked(exact(logp_old, logp_rollout, mask), between(log_weight(logp_old, logp_rollout, mask), low, high))
 
 
 def masked_out(logp_old, logp_rollout, mask, *, low=0.5, high=2.0) -> Tokens:
@@ -110,49 +114,7 @@ def masked_out(logp_old, logp_rollout, mask, *, low=0.5, high=2.0) -> Tokens:
     tensor([0., 1.])
     """
     weight = log_weight(logp_old, logp_rollout, mask)
-    return accept_token(logp_old, logp_rollout, mask, low=low, high=high).to(weight.dtype)
-
-
-# ------------------------------------------------------------------------------------------ the accept slot
-def between(log_w, low, high):
-    return (log_w >= (math.log(low) if low > 0 else -math.inf)) & (log_w <= math.log(high))
-
-
-def accept_token(logp_old, logp_rollout, mask, *, low=0.5, high=2.0) -> Tokens:
-    """True on tokens whose importance weight is inside bounds.
-
-    accept = low <= pi_old / pi_rollout <= high
-
-    low, high   0.5, 2
-    Gradient    none
-    Edge        False outside the mask, and where a probability is unknown (NaN)
-    Relations   `masked_out` keeps the denominators
-    Departs     bounds are on old / rollout; verl puts those of its k1 test on rollout / old
-    Reference   verl, rejection sampling
-
-    >>> accept_token(torch.tensor([.9, .4]).log(), torch.tensor([.3, .6]).log(), torch.ones(2))
-    tensor([False,  True])
-    """
-    return between(log_weight(logp_old, logp_rollout, mask), low, high) & mask.bool()
-
-
-def accept_sequence(logp_old, logp_rollout, mask, *, low=0.99, high=1.01) -> Tokens:
-    """True on the tokens of responses whose geometric mean of importance weights is inside bounds.
-
-    accept = low <= exp( (1/|y|) sum_t log w_t ) <= high,   w = pi_old / pi_rollout
-
-    low, high   0.99, 1.01
-    Gradient    none
-    Edge        False outside the mask
-    Relations   responses of one token: `accept_token`
-    Departs     bounds are on old / rollout, as in `accept_token`
-    Reference   verl `seq_mean_k1`
-
-    >>> accept_sequence(torch.tensor([[.9, .3], [.9, .9]]).log(), torch.tensor([[.6, .45], [.8, .9]]).log(), torch.ones(2, 2))
-    tensor([[ True,  True],
-            [False, False]])
-    """
-    return between(masked_mean(log_weight(logp_old, logp_rollout, mask), mask)[..., None], low, high) & mask.bool()
+    return masked(torch.ones_like(weight), between(weight, low, high) & mask.bool())
 
 
 # ------------------------------------------------------------------------------------------ measures

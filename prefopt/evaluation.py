@@ -13,6 +13,21 @@ from prefopt.findings import exists
 
 METRICS = {
     "loss": "loss of the recipe",
+    "reward": "reward of sampled responses",
+    "reward/std": "its standard deviation over responses",
+    "pass@1": "sampled responses with a reward above 1/2",
+    "length": "tokens of a response",
+    "truncated": "responses that the limit cut",
+    "unscored": "responses without a reward",
+    "groups/contrast": "prompts whose responses differ in reward",
+    "entropy": "entropy of the next token, in nats",
+    "kl/old": "estimate of KL(policy before the rollout || policy) per token",
+    "gap/rollout": "mean difference between the sampler's and the trainer's log-probability",
+    "clip/high": "tokens above the clip range that gain nothing more",
+    "clip/low": "tokens below the clip range that lose nothing more",
+    "ratio/mean": "mean importance ratio",
+    "ratio/effective": "effective sample size of the ratios, as a share",
+    "advantage/size": "mean size of an advantage",
     "loss/ranking": "its ranking loss alone",
     "accuracy": "pairs whose preferred response has the higher score",
     "accuracy/length_controlled": "the same, longer and shorter preferred responses weighing alike",
@@ -38,7 +53,7 @@ METRICS = {
     "grad_norm": "norm of the gradient before clipping"}
 
 
-MAIN = ("loss", "accuracy", "accuracy/length_controlled", "margin", "ranking/policy", "ranking/reference",
+MAIN = ("loss", "reward", "pass@1", "length", "truncated", "unscored", "groups/contrast", "entropy", "kl/old", "accuracy", "accuracy/length_controlled", "margin", "ranking/policy", "ranking/reference",
         "ranking/idealised_median", "kl/ref", "shift/chosen", "shift/rejected", "displaced", "grad_norm")
 
 
@@ -46,9 +61,10 @@ def described(metric: str) -> str:
     """What a metric means, in a line.
 
     >>> described("margin"), described("loss/sft")
-    ('score of the preferred minus score of the other response', 'the regulariser sft')
+    ('score of the preferred minus score of the other response', 'the term sft')
     """
-    term = f"the regulariser {metric.removeprefix('loss/')}" if metric.startswith("loss/") else ""
+    more = {"loss/": "the term {}", "reward/": "its component {}", "pass@": "prompts with one such response among {}"}
+    term = next((text.format(metric.removeprefix(head)) for head, text in more.items() if metric.startswith(head)), "")
     return METRICS.get(metric, term)
 
 
@@ -117,6 +133,6 @@ def evaluate(run: Run) -> dict[str, float]:
 
 def ordered(found: Mapping[str, float]) -> dict[str, float]:
     """Metrics in the order of METRICS, terms of the loss behind it, others at the end."""
-    terms = sorted(k for k in found if k.startswith("loss/") and k not in METRICS)
+    terms = sorted(k for k in found if k.startswith(("loss/", "reward/", "pass@")) and k not in METRICS)
     order = [*list(METRICS)[:2], *terms, *list(METRICS)[2:], *sorted(set(found) - set(METRICS) - set(terms))]
     return {k: found[k] for k in order if k in found}

@@ -16,21 +16,24 @@ from pathlib import Path
 
 from data_tools.columns import COLUMNS, nearest
 from prefopt import recipes
-from prefopt.config import RANKINGS, SLOTS, Run, assemble
+from prefopt.config import Run, assemble
 from prefopt.evaluation import METRICS
 from prefopt.folder import columns
-from prefopt.forward import FROZEN, GRADED, GRADIENT, REFERENCE, frozen_models
+from prefopt.forward import CRITIC, FROZEN, GRADED, GRADIENT, REFERENCE, frozen_models, needs_critic
 from prefopt.objectives import PreferenceObjective, Term
+from prefopt.online import at_once, update_count
 from prefopt.parts import columns_read, to_spec
+from prefopt.policy import Penalty, PolicyObjective
 from prefopt.reductions import group_mean
 from prefopt.rehearsal import example, rehearse
 
-ORDER = ("score", "margin", "ranking", "labels", "pair_weight", "regularisers", "reduce", "reference", "annotations",
-         "providers")
-HOMES = {slot: (SLOTS[slot],) if slot in SLOTS else home for slot, home in {
-    **dict.fromkeys(ORDER), "ranking": RANKINGS, "regularisers": ("prefopt.regularisers",),
-    "annotations": ("prefopt.annotations",), "providers": ("prefopt.masks",), "update": ("prefopt.update",)}.items()}
+Objective = PreferenceObjective | PolicyObjective
+HOMES = {slot: tuple(dict.fromkeys((*PreferenceObjective.home.get(slot, ()), *PolicyObjective.home.get(slot, ()))))
+         for slot in {**PreferenceObjective.home, **PolicyObjective.home}} | {"update": ("prefopt.update",)}
 PASSES = {
+    "value_old": "critic forward before the rollout is trained on, no gradient",
+    "value": "critic forward and backward",
+    "logp_now": "policy forward before every update of a rollout but its first, no gradient",
     "logp_ref": "reference forward, no gradient (none with data.cache_reference: they are computed once)",
     "logp_old": "policy forward before the step, no gradient",
     "outputs_old": "forward before the step, no gradient",
@@ -128,26 +131,35 @@ def words(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def slots(objective: PreferenceObjective, *, brief: bool = False) -> dict[str, str]:
+def slots(objective: Objective, *, brief: bool = False) -> dict[str, str]:
     """What fills each slot, '' where nothing does.
 
     >>> slots(recipes.kto())["annotations"], slots(recipes.slic(), brief=True)["regularisers"]
     ('baseline: kl_baseline(beta=0.1)', '0.1 * best_nll')
     """
-    o = objective
-    single = ("score", "margin", "labels", "pair_weight", "reduce", "reference")
-    out = {slot: shown(getattr(o, slot), brief=brief) for slot in single if getattr(o, slot)}
-    out["ranking"] = _term(Term(o.ranking, o.weight, group_mean, o.ranking_terms), brief)
-    out["regularisers"] = "; ".join(_term(t, brief) for t in o.regularisers.values())
-    for slot in ("annotations", "providers"):
-        out[slot] = "; ".join(f"{column}: {shown(part, brief=brief)}" for column, part in getattr(o, slot).items())
-    return {slot: out.get(slot, "") for slot in ORDER}
+    out = {slot: _filling(getattr(objective, slot), slot, brief) for slot in objective.home}
+    if "ranking" in out:
+        out["ranking"] = _term(Term(objective.ranking, objective.weight, group_mean, objective.ranking_terms), brief)
+    return out
 
 
-def _term(term: Term, brief: bool) -> str:
+def _filling(filling, slot: str, brief: bool) -> str:
+    """A part, the terms of a slot, or the columns that its parts write."""
+    if isinstance(filling, Mapping):
+        named = slot in ("annotations", "providers", "selections")
+        return "; ".join(f"{column}: {shown(part, brief=brief)}" if named else _term(part, brief)
+                         for column, part in filling.items())
+    return shown(filling, brief=brief) if filling is not None else ""
+
+
+def _term(term, brief: bool) -> str:
+    if not isinstance(term, (Term, Penalty)):
+        return shown(term, brief=brief)
+    usual = group_mean if isinstance(term, Term) else None
+    on = getattr(term, "terms", None)
     return (f"{term.weight:g} * " if term.weight != 1 else "") + shown(term.part, brief=brief) \
-        + (f" by {term.reduce.__name__}" if term.reduce is not group_mean else "") \
-        + (f" on {shown(term.terms, brief=brief)}" if term.terms else "")
+        + (f" by {term.reduce.__name__}" if term.reduce is not usual else "") \
+        + (f" on {shown(on, brief=brief)}" if on else "")
 
 
 # ---------------------------------------------------------------------------------------------- what it reads and costs
@@ -155,13 +167,13 @@ def origin(column: str) -> str:
     """Who makes a column, in words."""
     if column in FROZEN | GRADIENT:
         both = {"token_kl", "mismatched"}
-        own = "reward model" if column in GRADED or column == "outputs_old" else "policy"
+        own = "critic" if column in CRITIC else "reward model" if column in GRADED or column == "outputs_old" else "policy"
         return "policy and reference" if column in both else "reference" if column in REFERENCE else own
-    return {"labels": "the data", "rewards": "the data", "augment": "the data", "source": "the data",
+    return {"labels": "the data", "rewards": "the data or the rewards", "augment": "the data", "source": "the data",
             "user": "the data"}.get(COLUMNS[column].maker, COLUMNS[column].maker) if column != "online" else "sampling"
 
 
-def models(objective: PreferenceObjective) -> dict[str, str]:
+def models(objective: Objective) -> dict[str, str]:
     """The models that a run loads, and why.
 
     >>> list(models(recipes.simpo())), models(recipes.dpo())["reference"][:21]
@@ -174,17 +186,23 @@ def models(objective: PreferenceObjective) -> dict[str, str]:
             "the policy as it was at the start (with LoRA its adapters are switched off, which costs no memory), or " \
             "the run file's `reference`"
         out["reference"] = f"because of {because}: {kept}"
+    if needs_critic(objective.reads()):
+        out["critic"] = "trains beside the policy, in its own optimiser group: the run file's `critic`, or the policy's body " \
+                        "under a head that starts at 0"
     return out
 
 
-def passes(objective: PreferenceObjective) -> list[str]:
+def passes(objective: Objective) -> list[str]:
     """What one optimiser step runs."""
     own = "reward model" if objective.outputs else "policy"
-    return [f"{own} forward and backward", *(PASSES[c] for c in PASSES if c in objective.reads())]
+    first = [] if objective.whole_groups else ["sampling of rollout.k responses to every prompt, and their rewards"]
+    return [*first, f"{own} forward and backward", *(PASSES[c] for c in PASSES if c in objective.reads())]
 
 
 def takes(objective) -> list[str]:
     """The shapes of data that the recipe learns from, found by trying. `objective` is called for a fresh one."""
+    if not objective().whole_groups:
+        return ["prompts"]
     out = []
     for shape, labels in SHAPES.items():
         try:
@@ -195,13 +213,13 @@ def takes(objective) -> list[str]:
     return out
 
 
-def asks(objective: PreferenceObjective) -> dict[str, str]:
+def asks(objective: Objective) -> dict[str, str]:
     """What records must bring besides prompt, responses and labels: column -> how."""
     how = {"reward": "scores: {reward: ...} of each response, or reward_chosen and reward_rejected of a pair",
            "step_label": "meta: {steps: [...], step_labels: [...]} of each response, or prompt, completions and labels",
            "segment": "meta: {segments: [[text, number], ...]} of each response"}
     return {c: f"{COLUMNS[c].meaning}. Give it as {how.get(c, f'meta: {{{c}: ...}} of each response')}"
-            for c in columns(objective.reads())}
+            for c in columns(objective.reads()) if objective.whole_groups or c != "reward"}
 
 
 def plan(run: Run) -> dict[str, str]:
@@ -211,12 +229,15 @@ def plan(run: Run) -> dict[str, str]:
     how = [run.policy.dtype, *(["LoRA " + ", ".join(f"{k}={v}" for k, v in run.policy.lora.items())] if run.policy.lora
                                else []), *([f"{run.policy.quantize} bits"] if run.policy.quantize else [])]
     length = f"{t.steps:,} steps" if t.steps else f"{t.epochs:g} epoch{'s' * (t.epochs != 1)}"
+    idle = [PASSES["logp_old"]] if run.rollout and at_once(run, objective) else []            # the loss's own
     out = {"recipe": f"{run.recipe}: {document(recipes.find(run.recipe)).summary}",
            "departures": "; ".join(f"{slot} {here} instead of {plain}" for slot, (here, plain) in changed.items()),
            "policy": f"{run.policy.name}, {', '.join(how)}", "reference": reference_of(run, objective),
            "data": f"{d.train}" + (f", held out {d.eval}" if d.eval else ""),
-           "length": f"{length}, {t.groups_per_step} groups per step, learning rate {t.lr:g} ({t.schedule})",
-           "each step": "; ".join(passes(objective)) + (f"; in micro-batches of up to {t.tokens:,} tokens"
+           "length": f"{length}, {t.groups_per_step} {'prompts' if run.rollout else 'groups'} per step, learning rate {t.lr:g} "
+                     f"({t.schedule})",
+           "rollout": rollout_of(run), "rewards": rewards_of(run),
+           "each step": "; ".join(p for p in passes(objective) if p not in idle) + (f"; in micro-batches of up to {t.tokens:,} tokens"
                                                         if t.tokens else "; in one micro-batch"),
            "results": run.out}
     if not objective.bounded:
@@ -224,7 +245,37 @@ def plan(run: Run) -> dict[str, str]:
     return {key: text for key, text in out.items() if text}
 
 
-def reference_of(run: Run, objective: PreferenceObjective) -> str:
+def rollout_of(run: Run) -> str:
+    """The batch numbers of an on-policy run, resolved."""
+    roll = run.rollout
+    if roll is None:
+        return ""
+    samples, updates = run.train.groups_per_step * roll.k, update_count(run)
+    how = f"temperature {roll.temperature:g}" + (f", top_p {roll.top_p:g}" if roll.top_p < 1 else "") \
+        + (f", top_k {roll.top_k}" if roll.top_k else "")
+    return (f"{run.train.groups_per_step} prompts x {roll.k} responses = {samples} samples per step, {updates} "
+            f"update{'s' * (updates != 1)} of {roll.samples_per_update or samples} samples; up to {roll.max_new_tokens} tokens, "
+            f"{how}, " + (f"read from {roll.recorded}" if roll.recorded else f"by {_named(roll.sampler)}"))
+
+
+def rewards_of(run: Run) -> str:
+    specs = run.rollout.rewards if run.rollout else []
+    return ", ".join(map(_named, [specs] if isinstance(specs, (str, dict)) else specs))
+
+
+def _named(spec: str | Mapping) -> str:
+    """'name' or {name: {argument: value}} in words.
+
+    >>> _named({"bleu": {"weight": 0.5}})
+    'bleu (weight 0.5)'
+    """
+    if isinstance(spec, str):
+        return spec
+    (name, arguments), = spec.items()
+    return name + (f" ({', '.join(f'{k} {words(v)}' for k, v in arguments.items())})" if arguments else "")
+
+
+def reference_of(run: Run, objective: Objective) -> str:
     """What stands as the reference of this run, and why one is needed; '' where none is loaded."""
     if not frozen_models(objective.reads()):
         return ""
@@ -280,7 +331,7 @@ def departures_of(name: str, departures: Mapping[str, object]) -> dict[str, tupl
     {'ranking': ('hinge(delta=1)', 'logistic')}
     """
     here, plain = slots(assemble(name, dict(departures))), slots(recipes.find(name)())
-    return {slot: (here[slot] or "nothing", plain[slot] or "nothing") for slot in ORDER if here[slot] != plain[slot]}
+    return {slot: (here[slot] or "nothing", plain[slot] or "nothing") for slot in here if here[slot] != plain[slot]}
 
 
 def symbols(text: str) -> list[tuple[str, str]]:
@@ -293,22 +344,28 @@ def symbols(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def unread(objective: PreferenceObjective) -> set[str]:
+def unread(objective: Objective) -> set[str]:
     """Slots whose results nothing reads: a pointwise ranking has no use for margins, nor simpo for a reference."""
     made, seen = objective.made(), set()
-    queue = [*objective.loss_parts(), *objective.unit_parts(), *objective.annotations.values()]
+    slots_of = {"margin": "margin", "labels": "labels"}
+    queue = [*objective.loss_parts(), *objective.annotations.values()]
+    if objective.whole_groups:
+        queue += objective.unit_parts()
+    else:
+        slots_of = {"ratio": "log_ratio", "reward_at": "reward_at", "advantage": "response_advantage"}
+        queue += [p for p in (*objective.step_parts(), *objective.shaping.values(), objective.keep, objective.normalise) if p]
     while queue:
         read = set(columns_read(queue.pop())) - seen
         seen |= read
         queue += [made[c] for c in read & set(made)]
-    return {"margin", "labels"} - seen | (set() if frozen_models(objective.reads()) else {"reference"})
+    return {slot for slot, column in slots_of.items() if column not in seen} | (set() if frozen_models(objective.reads()) else {"reference"})
 
 
-def equation(objective: PreferenceObjective, slot: str) -> str:
+def equation(objective: Objective, slot: str) -> str:
     """The equations of what fills the slot, or its first line where there is none."""
     filling = getattr(objective, slot)
     parts = filling.values() if isinstance(filling, Mapping) else [filling]
-    docs = [document(source(p.part if isinstance(p, Term) else p)) for p in parts]
+    docs = [document(source(p.part if isinstance(p, (Term, Penalty)) else p)) for p in parts]
     return "; ".join(dict.fromkeys(" ".join((d.equation or d.summary).split()) for d in docs))
 
 
@@ -331,10 +388,10 @@ def part_page(slot: str, part) -> Page:
         "Recipes with it": [(", ".join(users),)] if users else [], "Notes": list(doc.notes.items())})
 
 
-def _parts(o: PreferenceObjective) -> list:
-    terms = [p for t in o.regularisers.values() for p in (t.part, t.reduce)]
-    return [o.score, o.ranking, o.margin, o.labels, o.pair_weight, o.reduce, o.reference, *terms,
-            *o.annotations.values(), *o.providers.values()]
+def _parts(o: Objective) -> list:
+    filled = [getattr(o, slot) for slot in o.home]
+    each = [p for f in filled for p in (f.values() if isinstance(f, Mapping) else [f])]
+    return [q for p in each for q in ((p.part, p.reduce) if isinstance(p, (Term, Penalty)) else (p,))]
 
 
 def column_page(name: str) -> Page:
@@ -405,8 +462,10 @@ def show(found: Iterable[Page], console) -> None:
 
 # ------------------------------------------------------------------------------------------------- tables and markdown
 BEGIN, END = "<!-- recipes -->", "<!-- /recipes -->"
-THEMES = ("pairs", "lists", "unpaired", "beyond", "reward_models")             # modules of prefopt.recipes
-MORE = ("reference", "annotations", "providers")              # rarely filled slots share a column of the table
+THEMES = ("pairs", "lists", "unpaired", "beyond", "reward_models", "on_policy")            # modules of prefopt.recipes
+BASES = {"dpo": PreferenceObjective, "grpo": PolicyObjective}                  # a table for each, of what differs from it
+MORE = ("reference", "annotations", "providers", "shaping", "keep", "normalise", "accept", "correction", "weight",
+        "selections", "reward_at")                            # rarely filled slots share a column of the table
 
 
 def themes() -> dict[str, list[str]]:
@@ -416,28 +475,37 @@ def themes() -> dict[str, list[str]]:
                                                        and made.__module__ == home.__name__] for home in homes}
 
 
-def table() -> dict[str, dict[str, str]]:
-    """Recipe -> slot -> what fills it. All of dpo, of the others what differs from it, '' elsewhere.
+def table(base: str = "dpo") -> dict[str, dict[str, str]]:
+    """Recipe -> slot -> what fills it. All of the base, of the others of its kind what differs from it, '' elsewhere.
 
     >>> {slot: text for slot, text in table()["wpo"].items() if text}
     {'score': 'log_ratio(beta=0.01)', 'pair_weight': 'on_policy'}
+    >>> {slot: text for slot, text in table("grpo")["gspo"].items() if text}
+    {'ratio': 'sequence_token'}
     """
-    base = slots(recipes.dpo(), brief=True)
-    return {name: {slot: text if name == "dpo" or text != base[slot] else "" for slot, text in
-                   slots(recipes.find(name)(), brief=True).items()} for names in themes().values() for name in names}
+    plain = slots(recipes.find(base)(), brief=True)
+    names = [base, *(n for names in themes().values() for n in names if n != base)]
+    kind = [n for n in names if isinstance(recipes.find(n)(), BASES[base])]
+    return {name: {slot: text if name == base or text != plain[slot] else "" for slot, text in
+                   slots(recipes.find(name)(), brief=True).items()} for name in kind}
 
 
 def markdown_table(link: str = "docs/methods.md") -> str:
-    """`table` as Markdown, a column per slot, between the comments that mark its place in README.md."""
-    single = [slot for slot in ORDER if slot not in MORE]
-    rows = [[f"[{name}]({link}#{name})", *(filled[slot] for slot in single), more(filled)]
-            for name, filled in table().items()]
-    return f"{BEGIN}\n{grid(['recipe', *(slot.replace('_', ' ') for slot in single), 'more'], rows)}\n{END}"
+    """Both tables as Markdown, a column per slot, between the comments that mark their place in README.md."""
+    found = []
+    for base, kind in BASES.items():
+        single = [slot for slot in kind.home if slot not in MORE]
+        rows = [[f"[{name}]({link}#{name})", *(filled[slot] for slot in single), more(filled)]
+                for name, filled in table(base).items()]
+        found.append(grid(["recipe", *(slot.replace("_", " ") for slot in single), "more"], rows))
+    return BEGIN + "\n" + "\n\n".join(found) + "\n" + END
 
 
 def more(filled: Mapping[str, str]) -> str:
     """The slots of MORE in one cell."""
-    return "; ".join(("reference: " if slot == "reference" else "") + filled[slot] for slot in MORE if filled[slot])
+    said = ("annotations", "providers", "selections")         # these name their columns themselves
+    return "; ".join(filled[slot] if slot in said else f"{slot.replace('_', ' ')}: {filled[slot]}"
+                     for slot in MORE if filled.get(slot))
 
 
 def grid(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -452,7 +520,7 @@ def methods_page() -> str:
     out = ["# Methods", "Written by `python -m prefopt.explain` from signatures and docstrings; `prefopt explain NAME` "
            "prints the same and more. A recipe fills slots with parts, and a run file changes any of them: "
            "`set: {beta: 0.5, ranking: hinge}`.", "## Symbols", grid(["symbol", "meaning"], SYMBOLS.items()),
-           "## All recipes", "Empty cells are as in dpo.", "\n".join(markdown_table(link="").split("\n")[1:-1])]
+           "## All recipes", "Empty cells are as in the first line of a table.", "\n".join(markdown_table(link="").split("\n")[1:-1])]
     for theme, names in themes().items():
         out += [f"## {theme}", *(text for name in names for text in _recipe_section(recipe_page(name)))]
     for slot in HOMES:

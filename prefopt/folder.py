@@ -292,7 +292,8 @@ def progress_bar(steps: int, start: int, show: bool) -> Iterator[Callable]:
             nonlocal seen
             seen += tokens
             speed = seen / max(time.perf_counter() - since, 1e-9)
-            shown = "  ".join(f"{k} {metrics[k]:.3f}" for k in ("loss", "accuracy", "eval/loss") if k in metrics)
+            shown = "  ".join(f"{k} {metrics[k]:.3f}" for k in ("reward", "loss", "accuracy", "eval/loss", "eval/reward")
+                              if k in metrics)
             bar.update(task, completed=step, note=f"{speed:,.0f} tokens/s  {shown}")
 
         yield report

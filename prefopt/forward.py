@@ -45,7 +45,7 @@ def token_kl(logits: Tensor, token: Tensor, logits_ref: Tensor) -> Tensor:
 
 ONE = {"logp": logp, "entropy": entropy, "collision": collision}          # reducers of one distribution
 TWO = {"token_kl": token_kl}                                              # of the policy's and the reference's
-FROZEN = {"logp_ref", "logp_old", "logp_now", "outputs_old", "value_old", "activation_mask", "mismatched"}      # by `fill`
+FROZEN = {"logp_ref", "logp_old", "logp_now", "entropy_old", "outputs_old", "value_old", "activation_mask", "mismatched"}      # by `fill`
 GRADED = {"outputs", "token_reward"}                                      # of a reward model's head
 CRITIC = {"value", "value_old"}                                           # these load a critic
 GRADIENT = {*ONE, *TWO, *GRADED, "value", "states_ref", "last_state", "prompt_state"}    # per micro-batch, by `forward`
@@ -196,8 +196,8 @@ def one_frozen(models: Models, batch: Batch, column: str, chunk: int | None) -> 
             return activation_mask(reference, batch)
     if column == "value_old":
         return values(models.critic_model(), batch, Positions.of(batch))
-    if column in ("logp_old", "logp_now"):
-        return token_logp(models.policy_model(), batch, chunk)
+    if column in ("logp_old", "logp_now", "entropy_old"):
+        return of_tokens(models.policy_model(), batch, chunk, reducer=column.split("_")[0])
     if column == "outputs_old":
         return forward(models, batch, {"outputs"})["outputs"]
     with models.reference_model() as reference:
@@ -206,10 +206,15 @@ def one_frozen(models: Models, batch: Batch, column: str, chunk: int | None) -> 
 
 def token_logp(trunk: Trunk, batch: Mapping[str, Tensor], chunk: int | None = None) -> Tensor:
     """Log-probability of every masked token under one model, (N, T), zeros elsewhere."""
+    return of_tokens(trunk, batch, chunk, reducer="logp")
+
+
+def of_tokens(trunk: Trunk, batch: Mapping[str, Tensor], chunk: int | None = None, *, reducer: str) -> Tensor:
+    """A reducer at every masked token under one model, (N, T), zeros elsewhere."""
     at = Positions.of(batch)
     hidden = states(trunk, batch, at)
-    values = reduced(hidden, at.token, trunk.head, ["logp"], vocabulary=trunk.vocabulary, chunk=chunk)["logp"]
-    return scatter(values, at, tuple(batch["mask"].shape))
+    found = reduced(hidden, at.token, trunk.head, [reducer], vocabulary=trunk.vocabulary, chunk=chunk)[reducer]
+    return scatter(found, at, tuple(batch["mask"].shape))
 
 
 def values(critic: Trunk, batch: Mapping[str, Tensor], at: Positions) -> Tensor:

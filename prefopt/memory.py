@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from prefopt.config import Run
-from prefopt.forward import CHUNK_BYTES, frozen_models
+from prefopt.forward import CHUNK_BYTES, frozen_models, needs_critic
 from prefopt.models import DTYPES, LANGUAGE, Head, head_of
 
 LENGTH = 67                                                   # of the trial sequence; recognises (T, T) tensors
@@ -113,6 +113,9 @@ def estimate(run: Run, config, *, tokens: int, reference_config=None) -> dict[st
     if frozen_models(reads) and not (policy.lora and run.reference is None and not objective.reference.moves):
         other = run.reference or policy
         out["reference"] = _stored(size(reference_config or config, dtype=other.dtype), other.quantize)
+    if needs_critic(reads):
+        critic = size(config, dtype=(run.critic or policy).dtype, head=Head("AutoModelForTokenClassification", "TOKEN_CLS", 1))
+        out["critic, with gradients and optimiser"] = critic.weights * (2 + optimizer_bytes(run))
     out["activations"] = tokens * (acts.layers * acts.width * acts.itemsize + acts.layer
                                    if policy.gradient_checkpointing else acts.activations)
     if head is LANGUAGE:

@@ -90,7 +90,7 @@ def rollouts(run: Run, data: Prompts, engine, models, tokenizer, objective, acce
         if roll.replay:
             source = sources.Replay(source, size=roll.replay.size, share=roll.replay.share, seed=run.train.seed)
         if roll.dump:
-            source = sources.Dump(source, Path(run.out) / "rollouts", rank=rank, ranks=ranks)
+            source = sources.Dump(source, Path(run.out) / "rollouts", every=roll.dump, rank=rank, ranks=ranks)
     return Rollouts(source, encoder(run, tokenizer), run.train.groups_per_step, prompts=len(data), epochs=run.train.epochs,
                     rank=rank, ranks=ranks, labels=objective.whole_groups)
 
@@ -118,6 +118,11 @@ def scorer(run: Run) -> Callable[[list[Group]], list[Group]]:
     """What fills in `scores` and their sum `scores["reward"]`. The package of rewards is found by name, as any part is."""
     roll = run.rollout
     return parts.find("rewards.online:scorer", "")(roll.rewards, unscored=roll.unscored, timeout=roll.timeout)
+
+
+def components(run: Run) -> list[str]:
+    """Names of the rewards that are summed."""
+    return list(parts.find("rewards.online:named_rewards", "")(run.rollout.rewards))
 
 
 def sampler(run: Run, models, tokenizer):

@@ -20,6 +20,7 @@ from prefopt.parts import Columns, Part, Stateful, bind, columns_read, finite, h
 from prefopt.reductions import term_mean
 from prefopt.references import Frozen
 
+OLD = {"entropy": "entropy_old"}                              # what parts before the loss see in its place
 MADE = {"real", "probe", "length", "terms", "noise"}          # columns that the objective itself makes for its parts
 
 
@@ -110,7 +111,7 @@ class PolicyObjective:
     def reads_before(self) -> set[str]:
         parts = [self.credit, *(p for p in (self.keep, self.normalise) if p), *self.shaping.values(),
                  *self.annotations.values(), *self.step_parts()]
-        return {"reward", "mask", "group"} | self._outside(parts)
+        return {"reward", "mask", "group"} | {OLD.get(c, c) for c in self._outside(parts)}
 
     def reads_forward(self) -> set[str]:
         frozen = {"response_advantage", "reward_at", "advantage", *self.annotations, *self.selections}
@@ -221,7 +222,8 @@ class PolicyObjective:
         """The batch as parts see it before the ratio; `known` goes before it and may be filled later, `made` is made on
         demand."""
         known = {} if known is None else known
-        return Columns(ChainMap(known, Grouped(batch, batch, "reward")), {"length": tokens_of, **made})
+        rows = {**batch, **{now: batch[old] for now, old in OLD.items() if old in batch}}
+        return Columns(ChainMap(known, Grouped(rows, batch, "reward")), {"length": tokens_of, **made})
 
 
 def tokens_of(mask):

@@ -91,7 +91,8 @@ def load_critic(run: Run, checkpoint: Path | None, device):
     critic = load_policy(**{**own, "name": str(checkpoint / "critic"), "revision": None, "lora": None} if checkpoint else own,
                          head=Head("AutoModelForTokenClassification", "TOKEN_CLS", 1)).to(device)
     if run.critic is None and not checkpoint:
-        torch.nn.init.zeros_(Trunk(critic).output.weight)
+        for p in Trunk(critic).output.parameters():
+            torch.nn.init.zeros_(p)
     return critic
 
 

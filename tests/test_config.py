@@ -8,7 +8,8 @@ import yaml
 from columns_for_tests import columns_for, objective_for, outcome, ready
 
 from prefopt import label_rules, pairwise, recipes
-from prefopt.config import RANKINGS, SLOTS, Run, assemble, load, make, met
+from prefopt.config import Run, assemble, load, make, met
+from prefopt.objectives import PreferenceObjective
 from prefopt.folder import departures
 from prefopt.parts import MissingColumn, find, from_spec, hyperparameters, name, needs, to_spec
 from prefopt.references import Frozen, Moving

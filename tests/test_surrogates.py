@@ -13,7 +13,7 @@ import pytest
 import torch
 from columns_for_tests import close
 
-from prefopt import corrections, critics, divergences, listwise, penalties, ratios, reductions, selections, surrogates
+from prefopt import accepts, corrections, critics, divergences, listwise, penalties, ratios, reductions, selections, surrogates
 from prefopt.parts import bind, columns_read, kind
 
 f64 = partial(torch.tensor, dtype=torch.float64)
@@ -739,11 +739,11 @@ def test_corrections_by_hand():
     close(cap.truncated_sequence(old, roll, mask), f64([[1.5] * 3, [2, 2, 0]]))
     close(cap.masked_ratio(old, roll, mask), f64([[0, 0.5, 1], [0, 1, 0]]))
     close(cap.masked_out(old, roll, mask, low=0.6), f64([[0, 0, 1], [0, 1, 0]]))
-    assert cap.accept_token(old, roll, mask, low=0.6).tolist() == [[False, False, True], [False, True, False]]
-    assert cap.accept_sequence(old, roll, mask, low=0.9, high=1.2).tolist() == [[True] * 3, [False] * 3]      # 1.5^(1/3), 5^(1/2)
+    assert accepts.accept_token(old, roll, mask, low=0.6).tolist() == [[False, False, True], [False, True, False]]
+    assert accepts.accept_sequence(old, roll, mask, low=0.9, high=1.2).tolist() == [[True] * 3, [False] * 3]      # 1.5^(1/3), 5^(1/2)
     close(cap.beyond(old, roll, mask), f64([[1, 0, 0], [1, 0, 0]]))
     close(cap.squared_weight(cap.exact(old, roll, mask), mask), f64([[9, 0.25, 1], [25, 1, 0]]))
-    assert cap.accept_token(old, roll, mask, low=0.0, high=math.inf).sum() == 5
+    assert accepts.accept_token(old, roll, mask, low=0.0, high=math.inf).sum() == 5
     same = {name: getattr(cap, name)(old, old, mask) for name in cap.__all__}
     for name, out in same.items():
         assert torch.equal(out.double(), mask.double()), name  # equal probabilities: weight 1, nothing turned down

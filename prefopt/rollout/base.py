@@ -143,6 +143,7 @@ class Engine(ABC):
 # -------------------------------------------------------------------------------------------------------------- noise
 def noise(*names: int | str) -> int:
     """The number of a stream of noise, below 2^62, made from what names it. Streams of one prompt are consecutive."""
+    names = tuple(name if isinstance(name, str) else int(name) for name in names)         # numpy's integers look otherwise
     return int.from_bytes(blake2b(repr(names).encode(), digest_size=8).digest(), "big") >> 2
 
 

@@ -203,22 +203,29 @@ class Mix:
 
 
 class Dump:
-    """Writes the groups of every step to `folder`/step-00000001.jsonl (a part of each process), whole or not at all."""
+    """Writes the groups of every so many steps to `folder`/step-00000001.jsonl (a part of each process), whole or not at
+    all: when they are drawn, and once more with what training made of them."""
 
-    def __init__(self, source: GroupSource, folder: Path, *, rank: int = 0, ranks: int = 1):
-        self.source, self.folder, self.steps = source, folder, 0
-        self.end = f"-{rank}of{ranks}.jsonl" if ranks > 1 else ".jsonl"
+    def __init__(self, source: GroupSource, folder: Path, *, every: int = 1, rank: int = 0, ranks: int = 1):
+        self.source, self.folder, self.every, self.steps = source, folder, every, 0
+        self.end = ending(rank, ranks)
 
     def draw(self, count: int) -> list[Group]:
         groups = self.source.draw(count)
+        self.write(groups)
+        return groups
+
+    def write(self, groups: Sequence[Group]) -> None:
+        if self.steps % self.every:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{self.steps + 1:08d}{self.end}"
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(g.to_json()) + "\n" for g in groups), encoding="utf-8")
         temporary.replace(path)
-        return groups
 
     def feed(self, groups: Sequence[Group]) -> None:
+        self.write(groups)
         self.steps += 1
         self.source.feed(groups)
 
@@ -230,12 +237,17 @@ class Dump:
         self.steps = state["steps"]
 
 
+def ending(rank: int, ranks: int) -> str:
+    """What the file of a process ends in."""
+    return f"-{rank}of{ranks}.jsonl" if ranks > 1 else ".jsonl"
+
+
 class Recorded:
     """The groups that a run dumped, step by step: training is run again from them, without a sampler or a scorer."""
 
     def __init__(self, folder: Path, *, rank: int = 0, ranks: int = 1):
         self.folder, self.step = Path(folder), 0
-        self.end = f"-{rank}of{ranks}.jsonl" if ranks > 1 else ".jsonl"
+        self.end = ending(rank, ranks)
 
     def draw(self, count: int) -> list[Group]:
         path = self.folder / f"step-{self.step + 1:08d}{self.end}"
@@ -278,6 +290,7 @@ class Rollouts:
             yield self.encode(self.groups), None
 
     def feed(self, batch: Batch) -> None:
+        trace(self.groups, batch)
         self.source.feed(self.groups)
 
     def metrics(self) -> dict[str, float]:
@@ -289,6 +302,20 @@ class Rollouts:
 
     def load_state_dict(self, state: dict) -> None:
         self.source.load_state_dict(state)
+
+
+def trace(groups: Sequence[Group], batch: Batch) -> None:
+    """Writes beside every response what training made of its tokens, into meta["trace"]: advantage, log pi_ref, and
+    log pi_old - log pi_rollout, each where the recipe has it. Rows of the batch are the responses in order."""
+    found = {c: batch[c] for c in ("advantage", "logp_ref") if c in batch}
+    if "logp_old" in batch and "logp_rollout" in batch:
+        found["log_ratio"] = batch["logp_old"] - batch["logp_rollout"]
+    place = torch.arange(batch["mask"].shape[1], device=batch["mask"].device)
+    first = batch["attend"].int().argmax(1) + batch["prompt_length"]
+    answer = (batch["attend"].bool() & (place >= first[:, None])).cpu()
+    found = {c: v.float().cpu() for c, v in found.items()}
+    for n, response in enumerate(r for g in groups for r in g.responses):
+        response.meta["trace"] = {c: [round(x, 5) for x in v[n][answer[n]].tolist()] for c, v in found.items()}
 
 
 def measured(groups: Sequence[Group], *, right: float = 0.5) -> dict[str, float]:
