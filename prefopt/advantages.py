@@ -223,7 +223,7 @@ def greedy_baseline(reward, real, probe) -> Rows:
 
     A_i = R_i - mean R of the group's probe rows
 
-    Edge        a group without a probe has baseline 0; `probe` leaves out probe rows whose reward is unknown
+    Edge        0 where no probe row of the group has a known reward: a guess of the baseline would be a guess of its sign
     Relations   -
     Departs     -
     Reference   Li et al., ReMax, arXiv:2310.10505
@@ -232,7 +232,7 @@ def greedy_baseline(reward, real, probe) -> Rows:
     >>> greedy_baseline(torch.tensor([[1., 0., 0.25]]), sampled, ~sampled)
     tensor([[ 0.7500, -0.2500,  0.0000]])
     """
-    return masked(upcast(reward) - baseline(reward, probe, probe, 0.0), real)
+    return masked(upcast(reward) - baseline(reward, probe, probe, 0.0), real & probe.any(-1, keepdim=True))
 
 
 # ------------------------------------------------------------------ the best of the group

@@ -72,7 +72,10 @@ def evaluate(models: Models, objective, data, run: Run, accelerator) -> dict[str
 
 def judge(progress: dict, run: Run, objective, models: Models, accelerator, out: Path) -> None:
     """Keep the best model by the held-out metric, and say in `progress` when to stop."""
-    metric, patience, last = run.train.metric or f"eval/{'reward' if run.rollout else 'loss'}", run.train.patience, progress["last"]
+    metric = run.train.metric or ("eval/reward" if run.rollout else "eval/loss")
+    patience, last = run.train.patience, progress["last"]
+    if run.train.metric is None and metric not in last:       # no response could be scored
+        return
     if metric not in last:
         raise ValueError(f"train.metric {metric!r} is not measured{nearest(metric, last)}; measured: "
                          f"{', '.join(sorted(k for k in last if k.startswith('eval/')))}")

@@ -71,9 +71,8 @@ def given(run: Run) -> list[Group]:
 
 
 # --------------------------------------------------------------------------------------------------------------- source
-def rollouts(run: Run, data: Prompts, engine, models, tokenizer, objective, accelerator, *,
-             score: Callable | None = None) -> Rollouts:
-    """The source of an on-policy run. `engine` is its sampler."""
+def rollouts(run: Run, data: Prompts, engine, score: Callable, models, tokenizer, objective, accelerator) -> Rollouts:
+    """The source of an on-policy run. `engine` is its sampler, `score` fills in rewards."""
     roll, rank, ranks = run.rollout, accelerator.process_index, processes()
     source: GroupSource
     if roll.recorded:
@@ -82,7 +81,7 @@ def rollouts(run: Run, data: Prompts, engine, models, tokenizer, objective, acce
         name, arguments = named(roll.order)
         order = parts.find(name, "prefopt.rollout.sources") if ":" in name else ORDERS[name](**arguments)
         sample = partial(sampled, run, engine, models, accelerator, program(run, objective))
-        source = sources.OnPolicy(data, sample, score or scorer(run), seed=run.train.seed, order=order)
+        source = sources.OnPolicy(data, sample, score, seed=run.train.seed, order=order)
         if getattr(objective, "keep", None) is not None:
             source = sources.Filter(source, partial(kept, objective, encoder(run, tokenizer)), rounds=roll.refill)
         if roll.mix:
@@ -114,10 +113,11 @@ def encoder(run: Run, tokenizer) -> Callable[[list[Group]], Batch]:
     return encode
 
 
-def scorer(run: Run) -> Callable[[list[Group]], list[Group]]:
-    """What fills in `scores` and their sum `scores["reward"]`. The package of rewards is found by name, as any part is."""
+def scorer(run: Run):
+    """What fills in `scores` and their sum `scores["reward"]`, and is closed at the end. The package of rewards is found by
+    name, as any part is."""
     roll = run.rollout
-    return parts.find("rewards.online:scorer", "")(roll.rewards, unscored=roll.unscored, timeout=roll.timeout)
+    return parts.find("rewards.online:Scorer", "")(roll.rewards, unscored=roll.unscored, timeout=roll.timeout)
 
 
 def components(run: Run) -> list[str]:
@@ -208,31 +208,34 @@ def at_once(run: Run, objective) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
-def check_rollout(batch: Batch, measured_now: dict[str, float], exact: bool) -> None:
+def check_rollout(run: Run, batch: Batch, measured_now: dict[str, float], exact: bool) -> None:
     """At the first step: sampler and trainer agree on what was sampled, and rewards differ somewhere."""
-    known = [c for c in ("logp_old", "logp") if c in batch]
-    if known and "logp_rollout" in batch:
+    roll = run.rollout
+    exact = exact and roll.top_p == 1 and not roll.top_k and not roll.recorded           # truncated samples are told otherwise
+    if "logp_rollout" in batch:
         mask = batch["mask"].bool() & torch.isfinite(batch["logp_rollout"])
-        gap = (batch[known[0]] - batch["logp_rollout"])[mask].abs()
+        if "train" in batch:                                  # greedy probes are not drawn from the policy
+            mask = mask & batch["train"].bool()[:, None]
+        gap = (batch["logp_old"] - batch["logp_rollout"])[mask].abs()
         largest = float(gap.max()) if len(gap) else 0.0
         if exact and largest > 1e-2:
             raise ValueError(f"sampler and trainer disagree about the log-probability of sampled tokens by up to {largest:.2g} "
                              f"at the first step: weights, temperature, tokenizer or chat template of the two differ. A "
                              f"recipe with a correction (set.correction) may train on such samples, but mend the cause first")
-        if largest > 1:
+        if largest > 1 and roll.top_p == 1 and not roll.top_k:
             warnings.warn(f"sampler and trainer differ by up to {largest:.2g} in the log-probability of a sampled token: correct "
                           f"for it with set.correction: truncated", stacklevel=2)
     if measured_now.get("groups/contrast") == 0:
-        warnings.warn(f"at the first step all responses to each prompt have the same reward (mean {measured_now['reward']:.3g}): "
+        warnings.warn(f"at the first step all responses to each prompt have the same reward (mean {measured_now.get('reward', float('nan')):.3g}): "
                       f"a group recipe learns nothing from them. Check the reward on the samples in out/rollouts", stacklevel=2)
 
 
-def evaluate(run: Run, data: Prompts, engine, models, accelerator, step: int, *, score: Callable | None = None,
+def evaluate(run: Run, data: Prompts, engine, score: Callable, models, accelerator, step: int, *,
              prompts: int = 64) -> dict[str, float]:
     """Rewards of fresh responses to held-out prompts; their noise is the same at every evaluation."""
     here = np.array_split(np.arange(len(data)), processes())[accelerator.process_index]
     own = run.model_copy(update={"rollout": run.rollout.model_copy(update={"k": run.rollout.eval_k})})
-    score, found = score or scorer(run), []
+    found: list[Group] = []
     for start in range(0, len(here), prompts):
         places = [int(i) for i in here[start:start + prompts]]
         groups = [Group(data[i].prompt, [], meta=dict(data[i].meta)) for i in places]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from data_tools.batch import Batch
 from prefopt import credits, diagnose, ratios, token_rewards
 from prefopt.objectives import Grouped, Loss, weighted
+from prefopt.ops import upcast
 from prefopt.parts import Columns, Part, Stateful, bind, columns_read, finite, hyperparameters, name, needs
 from prefopt.reductions import term_mean
 from prefopt.references import Frozen
@@ -138,12 +139,16 @@ class PolicyObjective:
     # ------------------------------------------------------------------------------------------ the three phases
     @torch.no_grad()
     def estimate(self, batch: Batch) -> Batch:
-        """Advantages of a whole rollout, over all its groups and processes. A batch that has them is left alone."""
+        """Advantages of a whole rollout, over all its groups and processes. A batch that has them is left alone, and has what
+        `annotations` make too.
+        """
         if "advantage" in batch:
             return batch
+        if "probe" in columns_read(self.advantage):
+            check_probes(batch)
+        exact = upcast(next((batch[c] for c in ("logp_old", "logp") if c in batch), batch["reward"])).dtype
         known: dict[str, Tensor] = {}
-        groups = self.groups(batch, known, {"reward_at": self.reward_at, "response_advantage": self.advantage,
-                                             "advantage": self.credit})
+        groups = self.groups(batch, known)                    # nothing is made of rewards before they have their shape
         out: dict[str, Tensor] = {}
         if self.keep is not None:
             kept = bind(self.keep, groups).bool()
@@ -151,14 +156,16 @@ class PolicyObjective:
             out["train"] = self._train(batch) & batch.rows(kept)
         for part in self.shaping.values():
             known["reward"] = finite(name(part), bind(part, groups))
+        groups = self.groups(batch, known, {"reward_at": self.reward_at, "response_advantage": self.advantage,
+                                             "advantage": self.credit})
         for column, part in self.annotations.items():
             if column not in batch:
                 known[column] = finite(f"{name(part)} ({column})", bind(part, groups))
-                out[column] = batch.rows(known[column])
+                out[column] = batch.rows(known[column]).to(exact)
         advantage = finite(name(self.credit), groups["advantage"])
         if self.normalise is not None:
             advantage = finite(name(self.normalise), bind(self.normalise, ChainMap({"advantage": advantage}, groups)))
-        out["advantage"] = batch.rows(torch.where(groups["real"][..., None], advantage, 0.0))
+        out["advantage"] = batch.rows(torch.where(groups["real"][..., None], advantage, 0.0)).to(exact)
         return batch.with_columns(**out)
 
     @torch.no_grad()
@@ -184,8 +191,10 @@ class PolicyObjective:
                 out[f"token_unit@{key}"] = batch.rows(bind(penalty.reduce, groups)) * share
         for column, part in self.selections.items():
             out[column] = batch.rows(bind(part, groups))
-        if self.correction is not None:
-            out["correction"] = batch.rows(finite(name(self.correction), bind(self.correction, groups)))
+        if self.correction is not None:                       # given responses, of whose sampler nothing is known, weigh 1
+            weight = torch.where(groups["logp_rollout"].isnan(), counted.to(groups["logp_rollout"].dtype),
+                                 bind(self.correction, groups))
+            out["correction"] = batch.rows(finite(name(self.correction), weight))
         return batch.with_columns(**out)
 
     def loss(self, batch: Batch) -> Loss:
@@ -223,7 +232,19 @@ class PolicyObjective:
         demand."""
         known = {} if known is None else known
         rows = {**batch, **{now: batch[old] for now, old in OLD.items() if old in batch}}
+        if "reward" in rows:
+            rows["reward"] = rows["reward"].double()          # small, and means and spreads want the digits
         return Columns(ChainMap(known, Grouped(rows, batch, "reward")), {"length": tokens_of, **made})
+
+
+def check_probes(batch: Batch) -> None:
+    """An error where a prompt was sampled without the response that its advantages read. One without a reward will do."""
+    probe = ~batch["train"].bool() if "train" in batch else torch.zeros_like(batch["group"], dtype=torch.bool)
+    without = batch.groups - len(torch.unique(batch.index[probe]))
+    if without:
+        raise ValueError(f"{without} of {batch.groups} groups have no probe row, from which the advantage takes its baseline: "
+                         f"sample a greedy response beside the others (prefopt.rollout.programs.with_greedy), with train "
+                         f"False")
 
 
 def tokens_of(mask):

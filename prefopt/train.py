@@ -73,6 +73,8 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
                                                     accelerator.autocast)
     models = load_models(run, objective, tokenizer, checkpoint, accelerator.device, cached)
     engine = online.sampler(run, models, tokenizer) if run.rollout else None
+    scorer = online.scorer(run) if run.rollout and score is None else None
+    score = score or scorer
     source = source_of(run, data, models, tokenizer, objective, accelerator, engine, score)
     steps = settings.steps or source.steps
     optimizer, scheduler = optimization(run, models, objective, steps)
@@ -109,7 +111,7 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
             logs = step % settings.log_every == 0 or step == steps
             measured = source.metrics() if run.rollout and (logs or step == 1) else {}
             if step == 1 and run.rollout:
-                online.check_rollout(batch, measured, exact(run))
+                online.check_rollout(run, batch, measured, exact(run))
 
             found: list[dict[str, float]] = []
             for part in online.updates(batch, run, step):
@@ -155,7 +157,7 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
             tokens = int(total(batch["attend"].sum()))
             folder.timing(accelerator, out, step, tokens, time.perf_counter() - started)
             if held_out is not None and (step == steps or settings.eval_every and step % settings.eval_every == 0):
-                values = online.evaluate(run, held_out, engine, models, accelerator, step, score=score) if run.rollout else \
+                values = online.evaluate(run, held_out, engine, score, models, accelerator, step) if run.rollout else \
                     evaluate(models, objective, held_out, run, accelerator)
                 folder.log(accelerator, out, {"step": step, **values}, step)
                 progress["last"].update(values)
@@ -170,8 +172,8 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
     finished = bool(progress["stopped"]) or progress["step"] >= steps
     if finished and accelerator.is_main_process:
         checkpoints.save_model(models.policy, tokenizer, out / "model", objective, folder.card(run))
-    if engine is not None:
-        engine.close()
+    for helper in filter(None, (engine, scorer)):
+        helper.close()
     accelerator.wait_for_everyone()
     if run.log:
         accelerator.end_training()
@@ -239,7 +241,7 @@ def exact(run: Run) -> bool:
 def source_of(run: Run, data, models: Models, tokenizer, objective, accelerator, engine, score):
     """The groups of each step: a prepared data set, with fresh responses beside it where a recipe reads them, or rollouts."""
     if run.rollout:
-        return online.rollouts(run, data, engine, models, tokenizer, objective, accelerator, score=score)
+        return online.rollouts(run, data, engine, score, models, tokenizer, objective, accelerator)
     t, reads = run.train, objective.reads()
     found = Dataset(data, t.groups_per_step, epochs=t.epochs, seed=t.seed, shuffle=t.shuffle, rank=accelerator.process_index,
                     ranks=processes(), mismatched="mismatched" in reads, columns=folder.columns(reads))

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from data_tools.records import Group
 from rewards.base import ScoringError, as_reward, rows_of, score
-from rewards.cached import timed
+from rewards.cached import Timed
 from rewards.index import find
 
-__all__ = ["named_rewards", "scorer"]
+__all__ = ["Scorer", "named_rewards"]
 
 
 def named_rewards(specs: str | Mapping | Sequence) -> dict[str, tuple[Callable, float]]:
@@ -34,32 +34,42 @@ def named_rewards(specs: str | Mapping | Sequence) -> dict[str, tuple[Callable, 
     return found
 
 
-def scorer(specs: str | Mapping | Sequence, *, unscored: str = "raise", timeout: float | None = None,
-           workers: int = 8) -> Callable[[list[Group]], list[Group]]:
+class Scorer:
     """Groups in, groups out, with `scores[name]` for every reward and their weighted sum as `scores["reward"]`.
 
     reward = sum_n weight_n score_n
 
-    Rewards run beside each other, in threads. timeout: seconds for a row's reward, after which it is stopped
-    (`rewards.cached.timed`). unscored: "raise" ends the run with the row's place; "mark" leaves such a row without a reward,
-    so that it enters neither statistics nor loss, and counts it (metric unscored). A sum lacks a reward if a part of it does.
+    Rewards run beside each other, in threads. timeout: seconds for a row's reward, after which it is killed
+    (`rewards.cached.Timed`); rewards of many rows (models, judges, services) have limits of their own. unscored: "raise" ends
+    the run with the row's place; "mark" leaves such a row without a reward, so that it enters neither statistics nor loss,
+    and counts it (metric unscored). A sum lacks a reward if a part of it does.
     """
-    named = {name: (timed(thing, seconds=timeout) if timeout else thing, weight)
-             for name, (thing, weight) in named_rewards(specs).items()}
 
-    def fill(groups: list[Group]) -> list[Group]:
-        with ThreadPoolExecutor(max(1, min(workers, len(named)))) as pool:
-            done = [pool.submit(score, groups, {name: thing}, on_error=unscored) for name, (thing, _) in named.items()]
+    def __init__(self, specs: str | Mapping | Sequence, *, unscored: str = "raise", timeout: float | None = None,
+                 workers: int = 2):
+        self.named, self.unscored, self.timed = {}, unscored, []
+        for name, (thing, weight) in named_rewards(specs).items():
+            if timeout and not hasattr(thing, "settings"):
+                thing = Timed(thing, seconds=timeout, workers=workers, name=name)
+                self.timed.append(thing)
+            self.named[name] = thing, weight
+
+    def __call__(self, groups: list[Group]) -> list[Group]:
+        with ThreadPoolExecutor(max(1, len(self.named))) as pool:
+            done = [pool.submit(score, groups, {name: thing}, on_error=self.unscored) for name, (thing, _) in self.named.items()]
             for one in done:
                 one.result()
         for row in rows_of(groups):
             scores = row.response.scores
             scores.pop("reward", None)
-            if named.keys() <= scores.keys():
-                scores["reward"] = sum(weight * scores[name] for name, (_, weight) in named.items())
-            elif unscored == "raise":
-                missing = sorted(named.keys() - scores.keys())
-                raise ScoringError(f"{row.place}: no score by {', '.join(missing)}")
+            if missing := sorted(self.named.keys() - scores.keys()):
+                if self.unscored == "raise":
+                    raise ScoringError(f"{row.place}: no score by {', '.join(missing)}")
+                continue
+            scores["reward"] = sum(weight * scores[name] for name, (_, weight) in self.named.items())
         return groups
 
-    return fill
+    def close(self) -> None:
+        """Ends the worker processes of rewards with a time limit."""
+        for reward in self.timed:
+            reward.close()

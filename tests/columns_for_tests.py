@@ -29,15 +29,26 @@ for _name, _more in {
     "slic": dict(delta=2.3, sft=0.3), "smpo": dict(tau=0.7, scale=2.3), "sparsepo": dict(l1_reward=0.02, l1_kl=0.01),
     "sparsepo_independent": dict(l1_reward=0.02, l1_kl=0.01), "trpa": dict(factor=2.3, kappa=0.3),
     "tool_augmented": dict(alpha=0.7, beta=0.3, omega=1.3), "wpo": dict(label_smoothing=0.1),
+    "bnpo": dict(low=0.15, high=0.25, floor=1.4, most=2.0), "cispo": dict(low=0.3, high=0.25), "kl_cov": dict(share=0.2, coef=0.7),
+    "clip_cov": dict(low=0.15, high=0.25, share=0.1, least=0.01, most=0.9), "gmpo": dict(low=0.2, high=0.3),
+    "dapo": dict(low=0.15, high=0.25, limit=6, buffer=4, floor=1.4), "dr_grpo": dict(low=0.15, high=0.25, length=7),
+    "gpg": dict(norm=0.7), "grpo": dict(low=0.15, high=0.25, eps=0.01), "pass_at_k": dict(low=0.15, high=0.25),
+    "gspo": dict(low=0.05, high=0.07), "ppo": dict(low=0.15, high=0.25, gamma=0.9, lam=0.8, value_weight=0.3),
+    "ppo_adaptive": dict(start=0.3, target=0.5, gamma=0.9, lam=0.8), "reinforce_plus_plus": dict(low=0.15, gamma=0.9),
+    "rejection": dict(threshold=0.6), "rloo": dict(low=0.4, high=0.6), "sapo": dict(tau_positive=1.3, tau_negative=1.7),
 }.items():
     SETTINGS[_name] = {**SETTINGS.get(_name, {}), **_more}
 LISTS = {"bt_list", "irpo_ranking", "lipo", "lipo_hinge", "lipo_lambda", "lipo_list_mle", "lipo_point_mse", "lipo_point_sigmoid",
          "lipo_softmax", "list_net"}
 UNPAIRED = {"anyloss", "bco", "dice", "implicit_ce", "implicit_kto", "kto", "love", "outcome"}
 PAIRS_ONLY = {"aot", "aot_unpaired", "apo_zero", "bco_pair", "implicit_nca", "nca", "sppo_hard"}
-POLICY = ("logp", "token_kl", "last_state", "outputs", "token_reward", "prompt_state")      # these carry the policy's gradient
+ON_POLICY = [name for name in recipes.__all__ if not getattr(recipes, name)().whole_groups]
+OFF_POLICY = [name for name in recipes.__all__ if name not in ON_POLICY]
+# these carry the gradient of a model
+POLICY = ("logp", "token_kl", "last_state", "outputs", "token_reward", "prompt_state", "value", "entropy")
 TOKEN_COLUMNS = ("logp", "logp_ref", "logp_old", "collision", "token_kl", "activation_mask", "states_ref", "token_reward",
-                 "step_label", "segment")
+                 "step_label", "segment", "logp_rollout", "logp_now", "value", "value_old", "entropy", "entropy_old",
+                 "step_reward", "noise")
 
 
 def columns(labels: list[list[dict]], *, tokens: int = 6, seed: int = 0, dtype=torch.float64) -> dict[str, torch.Tensor]:
@@ -107,7 +118,42 @@ def labels(name: str) -> list[list[dict]]:
     return [pair(), ranked(3), pair(), ranked(4), [{"relevance": 1.0}], ties]
 
 
+# rewards of groups of sampled responses: ragged, all equal, of one, with unknown ones, without any; a probe beside some
+REWARDS = [[0.1, 0.8, 0.8, 0.3], [0.6, 0.2], [0.5, 0.5, 0.5], [0.9], [0.7, NAN, 0.4, 1.0, 0.0], [NAN, NAN], [1.0, 0.3, 0.9]]
+PROBES = {0: 0.4, 1: NAN, 2: 0.7, 3: 0.1, 6: 0.2}             # group -> reward of its probe row
+
+
+def rollouts(*, rewards=REWARDS, probes=PROBES, tokens: int = 6, seed: int = 0, dtype=torch.float64) -> dict[str, torch.Tensor]:
+    """Columns of sampled groups, off policy: the trainer, the rollout and the sampler all disagree."""
+    made = [[{"reward": r} for r in group] + [{"reward": r, "train": False} for at, r in probes.items() if at == b]
+            for b, group in enumerate(rewards)]
+    g = torch.Generator().manual_seed(seed + 1)
+    flat = [(b, row) for b, group in enumerate(made) for row in group]
+    flat = [flat[i] for i in torch.randperm(len(flat), generator=g)]
+    n, ids = len(flat), torch.randperm(10 * len(made), generator=g) - 5 * len(made)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    mask = torch.arange(tokens) < torch.randint(2, tokens + 1, (n, 1), generator=g)
+    mask &= torch.rand(n, tokens, generator=g) < 0.8           # holes, as tool output has
+    mask[:, 1] = True
+    mask[next(i for i, (b, _) in enumerate(flat) if b == 4)] = False
+    logp_old = -3 * uniform(n, tokens) - 0.6
+    return {
+        "logp": logp_old + uniform(n, tokens) - 0.5, "logp_old": logp_old, "logp_ref": logp_old + uniform(n, tokens) - 0.5,
+        "logp_rollout": logp_old + uniform(n, tokens) / 5 - 0.1, "logp_now": logp_old + uniform(n, tokens) / 2 - 0.25,
+        "mask": mask, "group": ids[torch.tensor([b for b, _ in flat])], "finished": uniform(n) < 0.7,
+        "reward": torch.tensor([row["reward"] for _, row in flat], dtype=dtype),
+        "train": torch.tensor([row.get("train", True) for _, row in flat]),
+        "value": uniform(n, tokens), "value_old": uniform(n, tokens), "entropy": uniform(n, tokens),
+        "entropy_old": uniform(n, tokens), "noise": uniform(n, tokens),
+        "step_reward": torch.where(uniform(n, tokens) < 0.5, NAN, uniform(n, tokens))}
+
+
 def columns_for(name: str, *, seed: int = 0, dtype=torch.float64) -> dict[str, torch.Tensor]:
+    if name in ON_POLICY:
+        return rollouts(seed=seed, dtype=dtype)
     made = columns(labels(name), seed=seed, dtype=dtype)
     if name != "trpa":                                        # elsewhere the policy before the step is `logp` itself
         del made["logp_old"]

@@ -17,7 +17,14 @@ import tiny_models
 from prefopt.config import Run, make, override
 
 # what resuming has to put back besides weights: optimiser, schedule, moved reference, masks, noise, shift, adapters, ...
+ROLLOUT = {"k": 3, "rewards": ["loop_cases:ones"], "max_new_tokens": 5, "batch": 7}
 CASES = {
+    "grpo": ("grpo", {"rollout": ROLLOUT, "set.beta": 0.1}),
+    "ppo": ("ppo_adaptive", {"rollout": {**ROLLOUT, "samples_per_update": 9, "epochs": 2}, "set.horizon": 20,
+                             "train.critic.lr": 0.02}),
+    "replay": ("dapo", {"rollout": {**ROLLOUT, "refill": 2, "replay": {"size": 8, "share": 0.3}, "samples_per_update": 9},
+                        "set.limit": 5, "set.correction": "truncated"}),
+    "online_dpo": ("online_dpo", {"rollout": ROLLOUT}),
     "dpo": ("dpo", {}),
     "tr_dpo": ("tr_dpo", {"set.alpha": 0.5, "set.every": 2}),
     "sparsepo": ("sparsepo", {"set.dropout": 0.3, "set.l1_reward": 0.01, "train.modules.lr": 0.01}),
@@ -28,6 +35,11 @@ CASES = {
     "early": ("dpo", {"train.lr": 0.3, "train.patience": 2, "train.eval_every": 1, "train.clip": None,
                       "train.epochs": 8}),
 }
+
+
+def ones(text: str) -> float:
+    """A reward: how many words are w1, w2 or w3, and a little for every other word."""
+    return sum(1.0 if word in ("w1", "w2", "w3") else 0.1 for word in text.split())
 
 
 def words(n: int, rng: random.Random) -> str:

@@ -5,14 +5,28 @@ import math
 import pytest
 import torch
 import torch.multiprocessing
-from columns_for_tests import LISTS, POLICY, SETTINGS, TOKEN_COLUMNS, close, columns_for, objective_for, outcome, ready, take
+from columns_for_tests import (
+    LISTS,
+    OFF_POLICY,
+    ON_POLICY,
+    POLICY,
+    SETTINGS,
+    TOKEN_COLUMNS,
+    close,
+    columns_for,
+    objective_for,
+    outcome,
+    ready,
+    take,
+)
 from two_processes import SHARES, work
 
 from data_tools import Batch
 from prefopt import recipes
 
 EVERY = pytest.mark.parametrize("name", recipes.__all__)
-REFERENCE = [n for n in recipes.__all__ if "logp_ref" in objective_for(n).reads()]
+LABEL = {n: "reward" if n in ON_POLICY else "relevance" for n in recipes.__all__}
+REFERENCE = [n for n in OFF_POLICY if "logp_ref" in objective_for(n).reads()]
 
 
 # ------------------------------------------------------------------------------------------- what must not matter
@@ -38,7 +52,7 @@ def test_padding(name, left, right):
     columns = columns_for(name)
     tokens = columns["mask"].shape[1]
     holes = ~columns["mask"]
-    junk = dict(zip(TOKEN_COLUMNS, [math.nan, math.inf, -math.inf] * 4, strict=False))
+    junk = dict(zip(TOKEN_COLUMNS, [math.nan, math.inf, -math.inf] * 9, strict=False))
 
     def pad(key, x):
         if key not in (*TOKEN_COLUMNS, "mask"):
@@ -53,7 +67,7 @@ def test_padding(name, left, right):
     value_padded, padded = outcome(objective_for(name), {k: pad(k, v) for k, v in columns.items()})
     close(value_padded, value)
     for key, gradient in gradients.items():
-        if key in ("logp", "token_kl", "token_reward"):
+        if key in TOKEN_COLUMNS:
             assert not padded[key][:, :left].any() and not padded[key][:, left + tokens:].any()
             padded[key] = padded[key][:, left:left + tokens]
         close(padded[key], gradient)
@@ -65,9 +79,10 @@ def test_micro_batches(name):
     columns = columns_for(name)
     value, gradients = outcome(objective_for(name), columns)
     groups = Batch(columns).groups
-    longest = int(torch.bincount(Batch(columns).index, columns["mask"].sum(1).double()).max())
+    objective = objective_for(name)
+    size = torch.bincount(Batch(columns).index, columns["mask"].sum(1).double()) if objective.whole_groups else columns["mask"].sum(1)
     splits = {"1+rest": lambda b: b.split([1, groups - 1]), "2+2+rest": lambda b: b.split([2, 2, groups - 4]),
-              "by tokens": lambda b: b.microbatches(longest)}
+              "by tokens": lambda b: b.microbatches(int(size.max()), objective.whole_groups)}
     for split in splits.values():
         value_split, gradients_split = outcome(objective_for(name), columns, split)
         close(value_split, value)
@@ -89,14 +104,16 @@ def test_two_processes(tmp_path):
 
 @EVERY
 def test_types_of_labels(name):
-    """mask bool, int or float; relevance float32, float64 or (where labels are whole numbers) int."""
+    """mask bool, int or float; relevance float32, float64 or (where labels are whole numbers) int; rewards float32."""
     columns = columns_for(name)
-    if columns["relevance"].remainder(1).nansum() > 0:        # graded labels: as whole numbers, in the same order
+    if name in ON_POLICY:
+        columns["reward"] = (columns["reward"] * 8).round() / 8
+    elif columns["relevance"].remainder(1).nansum() > 0:        # graded labels: as whole numbers, in the same order
         columns["relevance"] = (columns["relevance"] * (8 if name in LISTS else 24)).round()
     expected = outcome(objective_for(name), columns)
     variants = [{"mask": columns["mask"].long()}, {"mask": columns["mask"].float()}, {"mask": columns["mask"].double()},
-                {"relevance": columns["relevance"].float()}, {"group": columns["group"].int()}]
-    if not columns["relevance"].isnan().any():
+                {LABEL[name]: columns[LABEL[name]].float()}, {"group": columns["group"].int()}]
+    if not columns[LABEL[name]].isnan().any():
         variants.append({"relevance": columns["relevance"].long()})
     for change in variants:
         value, gradients = outcome(objective_for(name), {**columns, **change})
@@ -108,7 +125,7 @@ def test_types_of_labels(name):
 @EVERY
 def test_half_precision_columns_give_float32_maths(name):
     columns = columns_for(name)
-    small = {k: v.bfloat16() if v.dtype == torch.float64 and k != "relevance" else v for k, v in columns.items()}
+    small = {k: v.bfloat16() if v.dtype == torch.float64 and k != LABEL[name] else v for k, v in columns.items()}
     large = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in small.items()}
     value, value_large = (outcome(objective_for(name), c)[0] for c in (small, large))
     assert value.dtype == value_large.dtype
@@ -209,6 +226,7 @@ CONSTANTS = {
     "log 2 times the sum of D over the pairs of a list": lambda c, s: LOG2 * gain_at_ties(c),
     "log K! without ties": lambda c, s: over_lists(c, lambda y: math.lgamma(len(y) + 1)),
     "log K": lambda c, s: over_lists(c, lambda y: math.log(len(y))),
+    "the variance of the rewards, times k": lambda c, s: over_lists(c, lambda y: float(len(y) * y.var() if len(y) > 1 else 0)),
     "sum of psi^2": lambda c, s: over_lists(c, lambda y: float((y ** 2).sum())),
     "K log 2": lambda c, s: over_lists(c, lambda y: len(y) * LOG2),
     "log 2 times the mean of (2^y_i - 1)/log2(1 + p_i)": lambda c, s: LOG2 * sum(
@@ -245,8 +263,8 @@ def test_constant_at_policy_equal_to_reference(name):
 def test_finite_at_extremes(name, worst):
     """log-probabilities of -1e4 per token, in float32, on the better, the worse, or all responses; a moderate reference."""
     columns = columns_for(name, dtype=torch.float32)
-    half = columns["relevance"].nan_to_num().median()
-    rows = {"chosen": columns["relevance"] > half, "rejected": ~(columns["relevance"] > half),
+    label = columns[LABEL[name]].nan_to_num()
+    rows = {"chosen": label > label.median(), "rejected": label <= label.median(),
             "all": torch.ones_like(columns["group"], dtype=torch.bool)}[worst]
     columns["logp"][rows] = -1e4
     value, gradients = outcome(objective_for(name), columns)
@@ -294,15 +312,30 @@ def bandit(name, theta, reward):
             "prompt_state": torch.zeros(n, 3).double()}
 
 
+def sampled_bandit(name, theta, reward, draw: int):
+    """Groups of four arms that the policy itself draws, with the greedy arm as a probe."""
+    g = torch.Generator().manual_seed(draw)
+    logp = theta.log_softmax(0)
+    arms = torch.multinomial(logp.detach().exp().expand(100, -1), 4, replacement=True, generator=g)
+    arms = torch.cat([arms, theta.detach().argmax().expand(100, 1)], 1).flatten()
+    n, lp = len(arms), logp[arms][:, None]
+    old, one = lp.detach(), torch.ones(n, 1, dtype=torch.float64)
+    paid = reward.sigmoid()[arms]
+    return {"logp": lp, "logp_old": old, "logp_rollout": old, "logp_ref": math.log(1 / ARMS) * one, "mask": one.bool(),
+            "group": torch.arange(n) // 5, "train": torch.arange(n) % 5 < 4, "reward": paid, "step_reward": paid[:, None],
+            "value": 0 * one, "value_old": 0 * one, "finished": one[:, 0].bool()}
+
+
 @EVERY
 def test_a_bandit_improves(name):
-    """Plain gradient descent on pairs from a reward raises the expected reward of a tabular policy."""
+    """Plain gradient descent on pairs from a reward, or on samples, raises the expected reward of a tabular policy."""
     reward = torch.randn(ARMS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     theta = torch.zeros(ARMS, dtype=torch.float64, requires_grad=True)
     objective, rate = ready(getattr(recipes, name)(**LEARNS.get(name, {}))), None
     expected = [float(reward.mean())]
-    for _ in range(8):
-        objective.loss(objective.annotate(Batch(bandit(name, theta, reward)))).value.backward()
+    for step in range(8):
+        columns = sampled_bandit(name, theta, reward, step) if name in ON_POLICY else bandit(name, theta, reward)
+        objective.loss(objective.annotate(Batch(columns))).value.backward()
         with torch.no_grad():
             rate = rate or 0.1 / float(theta.grad.abs().max())            # the first step moves one logit by 0.1
             theta -= rate * theta.grad
@@ -322,18 +355,28 @@ REJECTED = {                                                  # besides text, wh
     "l1_reward": [-0.1], "l1_kl": [-0.1], "dropout": [1.5], "every": [0], "degrees": [0], "target": [-0.1],
     "centring": [-0.1], "nu": [0.0], "levels": [1, 2.0], "tie": [-0.1], "entropy": [-0.1], "least": [0.0], "dim": [0, 3, 2.0],
     "aspects": [0, True], "omega": [-0.1], "pair": [-0.1], "amplification": [0.0], "smooth": [0.0]}
+POSITIVE, NOT_NEGATIVE = [0.0, -0.1, math.nan, True], [-0.1, math.nan, True]
+REJECTED_ON_POLICY = {
+    **dict.fromkeys(("floor", "norm", "tau_positive", "tau_negative", "value_clip", "horizon"), POSITIVE),
+    **dict.fromkeys(("low", "high", "beta", "eps", "coef", "start", "value_weight"), NOT_NEGATIVE),
+    **dict.fromkeys(("gamma", "lam"), [-0.1, 1.1, math.nan, True]), **dict.fromkeys(("threshold", "most"), [math.nan, True]),
+    "length": [0, 2.5]}
 OWN = {("exo", "label_smoothing"): [0.0], ("ld_dpo", "alpha"): [-0.1, 1.1], ("tr_dpo", "alpha"): [0.0, 1.1],
        ("dice", "alpha"): [-0.1], ("love", "desirable"): [0.0], ("love", "undesirable"): [0.0],
        ("cpl", "alpha"): [0.0], ("cpl_kl", "alpha"): [0.0], ("rpo_mean", "alpha"): [-1.0], ("rso", "gamma"): [0.0],
        ("rso_hinge", "gamma"): [0.0], ("rso_hinge_norm", "gamma"): [0.0], ("rationale", "gamma"): [-1.0],
        ("rationale_released", "gamma"): [-1.0], ("spo_degree", "gamma"): [-1.0],
-       ("tool_augmented", "alpha"): [-0.1]}
+       ("tool_augmented", "alpha"): [-0.1], ("tool_augmented", "beta"): [-0.1], ("dapo", "limit"): [1, 2.5],
+       ("dapo", "buffer"): [0, -3], ("bnpo", "least"): [1.0, 2.0], ("clip_cov", "least"): [5.0, 6.0],
+       ("kl_cov", "share"): [-0.1], ("clip_cov", "share"): [-0.1], ("ppo_adaptive", "target"): [0.0], ("fdpg", "beta"): [0.0]}
+OWN |= {(n, a): REJECTED_ON_POLICY[a] for n in ON_POLICY for a in inspect.signature(getattr(recipes, n)).parameters
+        if a in REJECTED_ON_POLICY and (n, a) not in OWN}
 
 
 @pytest.mark.parametrize("name, argument", ARGUMENTS)
 def test_arguments_are_checked(name, argument):
-    rejected = [-0.1] if (name, argument) == ("tool_augmented", "beta") else REJECTED.get(argument, [])      # a weight there
-    for value in ["1e-1", *rejected, *OWN.get((name, argument), [])]:
+    shared = name not in ON_POLICY and (name, argument) != ("tool_augmented", "beta")                     # a weight there
+    for value in ["1e-1", *(REJECTED.get(argument, []) if shared else []), *OWN.get((name, argument), [])]:
         with pytest.raises(ValueError, match=f"^{argument} must be"):
             getattr(recipes, name)(**{argument: value})
 

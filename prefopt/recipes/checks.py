@@ -22,6 +22,14 @@ def not_negative(**values) -> None:
             raise ValueError(f"{name} must be a number of at least 0, found {value!r}")
 
 
+def below(**values) -> None:
+    """Of two values the first is the smaller one."""
+    number(**values)
+    (lower, low), (upper, high) = values.items()
+    if not low < high:
+        raise ValueError(f"{lower} must be below {upper}={high!r}, found {low!r}")
+
+
 def below_half(**values) -> None:
     for name, value in values.items():
         if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 0.5:

@@ -22,7 +22,7 @@ from prefopt import (
 )
 from prefopt.objectives import PreferenceObjective
 from prefopt.policy import Penalty, PolicyObjective
-from prefopt.recipes.checks import count, not_negative, number, positive, share
+from prefopt.recipes.checks import below, count, not_negative, number, positive, share
 from prefopt.recipes.pairs import dpo
 from prefopt.reductions import fixed_length, group_mean, sequence_mean, sequence_sum, term_mean
 
@@ -114,7 +114,7 @@ def grpo(*, low=0.2, high=0.2, beta=0.0, eps=1e-6):
     Departs     the mean is over the responses of the whole optimiser step, never of a micro-batch
     Reference   Shao et al., DeepSeekMath, arXiv:2402.03300
     """
-    not_negative(low=low, high=high)
+    not_negative(low=low, high=high, eps=eps)
     return PolicyObjective(advantage=partial(advantages.zscore, eps=eps), surrogate=partial(surrogates.clip, low=low, high=high),
                            reduce=sequence_mean, penalties=kl_term(penalties.k3, beta))
 
@@ -234,7 +234,7 @@ def bnpo(*, low=0.2, high=0.28, floor=10.0, least=0.0, most=1.0):
     """
     not_negative(low=low, high=high)
     positive(floor=floor)
-    number(least=least, most=most)
+    below(least=least, most=most)
     return PolicyObjective(advantage=partial(advantages.beta_normalised, low=least, high=most), reduce=sequence_sum,
                            surrogate=partial(surrogates.dual_clip, low=low, high=high, floor=floor))
 
@@ -275,7 +275,7 @@ def clip_cov(*, low=0.2, high=0.2, share=2e-4, least=1.0, most=5.0):
     Reference   Cui et al., The Entropy Mechanism of RL for Reasoning Language Models, arXiv:2505.22617
     """
     not_negative(low=low, high=high, share=share)
-    number(least=least, most=most)
+    below(least=least, most=most)
     chosen = partial(selections.covariance_band, share=share, low=least, high=most, clip_low=low, clip_high=high)
     return PolicyObjective(advantage=advantages.zscore, selections={"selected": chosen},
                            surrogate=partial(surrogates.clip_except_selected, low=low, high=high))
@@ -329,6 +329,7 @@ def ppo_adaptive(*, start=0.2, target=6.0, horizon=10000, low=0.2, high=0.2, gam
     start, target, horizon   of the controller: the first coefficient, nats per response, responses
     Reference   Ziegler et al., arXiv:1909.08593, section 2.2
     """
+    not_negative(start=start)
     positive(target=target, horizon=horizon)
     base = ppo(low=low, high=high, gamma=gamma, lam=lam, beta=0.0, value_clip=value_clip, value_weight=value_weight)
     control = penalties.AdaptiveKL(start=start, target=target, horizon=horizon)

@@ -106,10 +106,10 @@ class Engine(ABC):
         prefixes   token ids that the responses of each prompt begin with: not sampled, not trained
         tools      descriptions of tools for the chat template, kept in Group.meta
         """
-        if version is not None and version != self.version:
+        held = self.version
+        if version is not None and version != held:
             raise StaleSampler(f"version {version} of the weights was asked for, and the sampler holds "
-                               f"{'none' if self.version is None else self.version}: call sync(model, version) after each "
-                               f"update")
+                               f"{'none' if held is None else held}: call sync(model, version) after each update")
         choice = Choice(temperature, top_p, top_k, (stop,) if isinstance(stop, str) else tuple(stop))
         seed = fresh_seed() if seed is None else seed
         keys = identify(prompts) if keys is None else keys
@@ -123,7 +123,9 @@ class Engine(ABC):
         if found != [n] * len(prompts):
             raise RuntimeError(f"{n} responses were asked for each of {len(prompts)} prompts, and the engine returned "
                                f"{sorted(set(found))} for {len(found)}")
-        told = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "version": self.version, "seed": seed}
+        if self.version != held:
+            raise StaleSampler(f"the weights of the sampler changed while it sampled, from version {held} to {self.version}")
+        told = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "version": held, "seed": seed}
         return [Group(prompt, [self.response(list(prefix), sample, choice.stop) for sample in samples],
                       meta={"sampler": told} | ({"tools": tools} if tools else {}))
                 for prompt, prefix, samples in zip(prompts, prefixes, made, strict=True)]

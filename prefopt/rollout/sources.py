@@ -315,7 +315,8 @@ def trace(groups: Sequence[Group], batch: Batch) -> None:
     answer = (batch["attend"].bool() & (place >= first[:, None])).cpu()
     found = {c: v.float().cpu() for c, v in found.items()}
     for n, response in enumerate(r for g in groups for r in g.responses):
-        response.meta["trace"] = {c: [round(x, 5) for x in v[n][answer[n]].tolist()] for c, v in found.items()}
+        response.meta["trace"] = {c: [round(x, 5) for x in v[n][answer[n]].tolist()] for c, v in found.items()
+                                  if bool(v[n][answer[n]].isfinite().all())}
 
 
 def measured(groups: Sequence[Group], *, right: float = 0.5) -> dict[str, float]:

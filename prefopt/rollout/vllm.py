@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from data_tools.encoding import Encoding
 from prefopt.models import Trunk, is_peft
+from prefopt.ops import processes
 from prefopt.rollout.base import Ask, Choice, Engine, Sample, StaleSampler, end_tokens
 from prefopt.rollout.transformers import distribution, evaluation
 
@@ -51,11 +52,10 @@ class VLLMSampler(Engine):
     def __init__(self, model: str, tokenizer, *, dtype: str = "float32", encoding: Encoding = Encoding(),
                  adapters: int | None = None, **engine):
         if find_spec("vllm") is None:
-            raise ImportError("the vLLM sampler needs the package vllm: pip install 'prefopt[vllm]' (on a CPU see .ci/install_vllm)")
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ValueError("vLLM in process samples for one process, and there are "
-                             f"{torch.distributed.get_world_size()}: start `python -m prefopt.rollout.serve {model}` and use the "
-                             "sampler vllm_server")
+            raise ImportError("the vLLM sampler needs the package vllm: pip install 'prefopt[vllm]' (on a CPU: .ci/install_vllm)")
+        if processes() > 1:
+            raise ValueError(f"vLLM in process samples for one process, and there are {processes()}: start `python -m "
+                             f"prefopt.rollout.serve {model}` and use the sampler vllm_server")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"                             # weights go over as tensors
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         from vllm import LLM
@@ -103,8 +103,8 @@ class VLLMSampler(Engine):
 
     def scored(self, ids: list[int]) -> list[float]:
         from vllm import SamplingParams
-        output, = self.llm.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
-                                    use_tqdm=False, lora_request=self.adapter)
+        settings = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        output, = self.llm.generate([{"prompt_token_ids": ids}], settings, use_tqdm=False, lora_request=self.adapter)
         return [step[t].logprob for t, step in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
 
     def close(self) -> None:
@@ -206,7 +206,8 @@ class VLLMServer(Engine):
         return self.answer(urllib.request.Request(self.url + path))
 
     def post(self, path: str, **payload) -> dict:
-        return self.answer(urllib.request.Request(self.url + path, json.dumps(payload).encode(), {"Content-Type": "application/json"}))
+        return self.answer(urllib.request.Request(self.url + path, json.dumps(payload).encode(),
+                                                  {"Content-Type": "application/json"}))
 
     def answer(self, request: urllib.request.Request) -> dict:
         """What the server says. A wrong request is an error at once, a server that fails is asked again."""
@@ -224,8 +225,8 @@ class VLLMServer(Engine):
                 reason = f"{type(error).__name__}: {error}"
             if attempt < self.retries:
                 time.sleep(2**attempt)
-        raise RuntimeError(f"the vLLM server at {self.url} failed {self.retries + 1} times ({reason}): see its log, start it again "
-                           f"with `python -m prefopt.rollout.serve`, and resume the run from its last checkpoint")
+        raise RuntimeError(f"the vLLM server at {self.url} failed {self.retries + 1} times ({reason}): see its log, start it "
+                           f"again with `python -m prefopt.rollout.serve`, and resume the run from its last checkpoint")
 
 
 # ---------------------------------------------------------------------------------------------------------- both engines
@@ -267,8 +268,9 @@ def agree(model: nn.Module, scored: Callable[[list[int]], list[float]], dtype: s
     own = str(next(model.parameters()).dtype).removeprefix("torch.")
     gap, most = float((torch.tensor(scored(ids)) - expected).abs().mean()), max(APART[dtype], APART.get(own, 0.0))
     if not gap <= most:
-        raise StaleSampler(f"the engine does not hold the policy's weights: log-probabilities differ by {gap:.2g} on average, and "
-                           f"{most:.2g} is what {dtype} explains. The engine runs another model, or its update failed: see its log")
+        raise StaleSampler(f"the engine does not hold the policy's weights: log-probabilities differ by {gap:.2g} on average, "
+                           f"and {most:.2g} is what {dtype} explains. The engine runs another model, or its update failed: see "
+                           f"its log")
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -316,7 +318,7 @@ def adapter_folder(model: nn.Module, place: Path) -> Path:
 
 def first_process(do: Callable):
     """What `do` gives in the first process, in all of them; its error too."""
-    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+    if processes() == 1:
         return do()
     told: list = [None, None]
     if torch.distributed.get_rank() == 0:

@@ -1,0 +1,1 @@
+"""What people look at: a run folder as a page (`page`) and in the terminal (`terminal`)."""
