@@ -270,6 +270,64 @@ def evaluate(
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
+# --------------------------------------------------------------------------------------------------------------- watch
+@app.command("report")
+def write_report(
+    runs: Annotated[list[Path], argument("RUN...", "Run folders; several are drawn into the same charts.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page. Left out: report.html in the run folder, or here of "
+                                                                 "several.", show_default=False)] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Dumped steps whose rollouts are shown; several runs share them.")] = 6,
+    groups: Annotated[int, typer.Option(min=1, help="Groups of such a step.")] = 6,
+):
+    """Write one HTML page about runs: recipe and departures, what to worry about, curves, settings, rollouts by token.
+
+    The page needs no network and no other file. A run may still be training.
+
+    Examples:
+
+        prefopt report runs/first
+        prefopt report runs/grpo runs/rloo --out compare.html --steps 10
+    """
+    try:
+        from prefopt.report import page
+    except ModuleNotFoundError as missing:
+        raise ImportError(f"the report needs {missing.name}: pip install 'prefopt[report]'") from None
+    from prefopt.report.samples import Sizes
+    out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    console.print(f"the page is {page.write(runs, out, Sizes(steps=steps, groups=groups))}", soft_wrap=True)
+
+
+@app.command()
+def rollouts(
+    run: Annotated[Path, argument("RUN", "A run folder.")],
+    step: Annotated[int | None, typer.Option(min=1, help="A dumped step. Left out: the last.", show_default=False)] = None,
+    sort: Annotated[str, typer.Option(help="Order of the groups: reward, contrast or length. Both ends are shown.")] = "reward",
+    count: Annotated[int, typer.Option("--show", min=1, help="Show this many groups.")] = 4,
+    colour: Annotated[str, typer.Option(help="Colour tokens by advantage, log_ratio (trainer against sampler), reference, logp, "
+                                             "or none.")] = "advantage",
+    search: Annotated[str, typer.Option(help="Only groups that hold this text.")] = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Go on with every new step, until Ctrl-C.")] = False,
+):
+    """Show what a run sampled.
+
+    Prompts, responses, rewards and their components of one step; tokens on blue were pushed up and those on orange down.
+
+    Examples:
+
+        prefopt rollouts runs/grpo
+        prefopt rollouts runs/grpo --step 10 --sort length --show 6 --colour reference
+        prefopt rollouts runs/grpo --search answer --watch
+    """
+    import time
+
+    from prefopt.report import folders, terminal
+    seen = terminal.show(console, run, step=step, sort=sort, count=count, colour=colour, search=search)
+    while watch:
+        time.sleep(2)
+        if (newest := max(folders.rollout_files(run))) > seen:
+            seen = terminal.show(console, run, step=newest, sort=sort, count=count, colour=colour, search=search)
+
+
 # --------------------------------------------------------------------------------------------------------- look around
 @app.command("list")
 def list_recipes(

@@ -33,6 +33,7 @@ HOMES = {slot: tuple(dict.fromkeys((*PreferenceObjective.home.get(slot, ()), *Po
 PASSES = {
     "value_old": "critic forward before the rollout is trained on, no gradient",
     "value": "critic forward and backward",
+    "entropy_old": "policy forward before the rollout is trained on, no gradient",
     "logp_now": "policy forward before every update of a rollout but its first, no gradient",
     "logp_ref": "reference forward, no gradient (none with data.cache_reference: they are computed once)",
     "logp_old": "policy forward before the step, no gradient",
@@ -380,8 +381,8 @@ def part_page(slot: str, part) -> Page:
     told = _spread(doc.arguments)
     rows = [(k, "must be given" if v is inspect.Parameter.empty else words(v), told.get(k, ""))
             for k, v in defaults(part).items()]
-    reads = columns_read(part()) if inspect.isclass(part) and callable(part()) else \
-        [] if inspect.isclass(part) or slot == "update" else columns_read(part)
+    made = part(**{k: 1.0 for k, v in defaults(part).items() if v is inspect.Parameter.empty}) if inspect.isclass(part) else part
+    reads = columns_read(made) if callable(made) and slot != "update" else []
     users = [n for n in recipes.__all__ if any(source(p) is part for p in _parts(recipes.find(n)()))]
     return Page(f"{part.__name__} (part of the slot {slot})", doc, {
         "Arguments": rows, "Columns it reads": [(c, origin(c), COLUMNS[c].meaning) for c in reads],

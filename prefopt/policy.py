@@ -123,11 +123,13 @@ class PolicyObjective:
 
     def least_responses(self) -> int:
         """How many responses per prompt make an advantage: 2 where a group of one has nothing to be compared with."""
-        one = torch.ones(2, 1)                                # two prompts, of which one response is right
-        known = {"reward": one.cumsum(0), "real": one.bool(), "probe": ~one.bool(), "length": one, "mask": one[..., None]}
+        one, hyper = torch.ones(2, 1), hyperparameters(self.advantage)
+        reward = torch.tensor([[hyper.get("low", 0.0)], [hyper.get("high", 1.0)]])      # two prompts, of which one went well
+        known = {"reward": reward, "real": one.bool(), "length": one, "mask": one[..., None],
+                 **dict.fromkeys(("logp_old", "logp_ref", "logp_rollout"), -one[..., None])}
         if not set(columns_read(self.advantage)) <= set(known) or "response_advantage" not in needs([self.credit], {}):
             return 1
-        return 2 if not bool(bind(self.advantage, known).any()) else 1
+        return 2 if bool((bind(self.advantage, known).abs() < 1e-6).all()) else 1
 
     def modules(self) -> list[nn.Module]:
         return []

@@ -118,15 +118,15 @@ def labels(name: str) -> list[list[dict]]:
     return [pair(), ranked(3), pair(), ranked(4), [{"relevance": 1.0}], ties]
 
 
-# rewards of groups of sampled responses: ragged, all equal, of one, with unknown ones, without any; a probe beside some
+# rewards of groups of sampled responses: ragged, all equal, of one, with unknown ones, without any; and of their probes
 REWARDS = [[0.1, 0.8, 0.8, 0.3], [0.6, 0.2], [0.5, 0.5, 0.5], [0.9], [0.7, NAN, 0.4, 1.0, 0.0], [NAN, NAN], [1.0, 0.3, 0.9]]
-PROBES = {0: 0.4, 1: NAN, 2: 0.7, 3: 0.1, 6: 0.2}             # group -> reward of its probe row
+PROBES = [[0.4], [NAN], [0.7], [0.1], [0.35], [0.6], [0.2, 0.5]]
 
 
 def rollouts(*, rewards=REWARDS, probes=PROBES, tokens: int = 6, seed: int = 0, dtype=torch.float64) -> dict[str, torch.Tensor]:
     """Columns of sampled groups, off policy: the trainer, the rollout and the sampler all disagree."""
-    made = [[{"reward": r} for r in group] + [{"reward": r, "train": False} for at, r in probes.items() if at == b]
-            for b, group in enumerate(rewards)]
+    made = [[{"reward": r} for r in group] + [{"reward": r, "train": False} for r in beside]
+            for group, beside in zip(rewards, probes, strict=True)]
     g = torch.Generator().manual_seed(seed + 1)
     flat = [(b, row) for b, group in enumerate(made) for row in group]
     flat = [flat[i] for i in torch.randperm(len(flat), generator=g)]

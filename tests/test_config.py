@@ -1,16 +1,20 @@
 """Run files: what is wrong is said before anything is loaded, with the place and the nearest name; what is right is kept."""
 import inspect
 import itertools
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from columns_for_tests import columns_for, objective_for, outcome, ready
+from columns_for_tests import ON_POLICY, SETTINGS, close, columns_for, objective_for, outcome, ready
 
-from prefopt import label_rules, pairwise, recipes
+from prefopt import explain, label_rules, pairwise, recipes
 from prefopt.config import Run, assemble, load, make, met
-from prefopt.objectives import PreferenceObjective
+from prefopt.explain import HOMES, defaults
 from prefopt.folder import departures
+from prefopt.objectives import PreferenceObjective
 from prefopt.parts import MissingColumn, find, from_spec, hyperparameters, name, needs, to_spec
 from prefopt.references import Frozen, Moving
 
@@ -45,11 +49,11 @@ WRONG = {
     "set: {betaa: 0.1}": "recipe 'dpo' has no argument or slot 'betaa', did you mean 'beta'.*slots: score, margin",
     "set: {rankin: hinge}": "no argument or slot 'rankin', did you mean 'ranking'",
     "set: {ranking: hing}": "no ranking 'hing', did you mean 'hinge'",
-    "set: {score: log_rati}": "prefopt.scores has no part 'log_rati', did you mean 'log_ratio'",
-    "set: {reduce: group_median}": "prefopt.reductions has no part 'group_median', did you mean 'group_mean'",
+    "set: {score: log_rati}": "no score 'log_rati', did you mean 'log_ratio'",
+    "set: {reduce: group_median}": "no reduce 'group_median', did you mean 'group_mean'",
     "set: {ranking: {hinge: {delt: 1}}}": "part 'hinge' has no argument 'delt', did you mean 'delta'",
     "set: {reference: {Moving: {alph: 0.5}}}": "part 'Moving' has no argument 'alph', did you mean 'alpha'",
-    "set: {regularisers: [{best_mean_nl: {weight: 0.1}}]}": "no part 'best_mean_nl', did you mean 'best_mean_nll'",
+    "set: {regularisers: [{best_mean_nl: {weight: 0.1}}]}": "no regularisers 'best_mean_nl', did you mean 'best_mean_nll'",
     "set: {regularisers: [{best_mean_nll: {wight: 1}}]}": "part 'best_mean_nll' has no argument 'wight'",
     "update: extragradent": "no part 'extragradent', did you mean 'extragradient'",
     "train: {optimizer: AdamWW}": "no part 'AdamWW', did you mean 'AdamW'",
@@ -199,14 +203,15 @@ def test_run_yaml_loads_to_the_same_run(tmp_path):
 
 
 def every_spec():
-    """Each part that a slot may hold, with every hyperparameter given."""
-    given = {"goal": 0.7, "gamma": 0.7, "label_smoothing": 0.1, "flip": 0.2}
-    homes = [(slot, home) for slot, home in SLOTS.items()] + [("ranking", home) for home in RANKINGS]
-    for slot, home in homes:
-        for part in __import__(home, fromlist=["x"]).__all__:
+    """Each part that a slot may hold, with every hyperparameter given; a class with those that it asks for."""
+    given = {"goal": 0.7, "gamma": 0.7, "label_smoothing": 0.1, "flip": 0.2, "limit": 9, "buffer": 4, "low": 0.2, "high": 0.8,
+             "length": 7, "target": 1.5}
+    empty = inspect.Parameter.empty
+    for slot, homes in HOMES.items():
+        for home, part in ((home, part) for home in homes for part in import_module(home).__all__):
             found = find(part, home)
-            kept = {} if inspect.isclass(found) else {
-                k: given[k] if v is inspect.Parameter.empty else v for k, v in hyperparameters(found).items()}
+            asked = defaults(found).items() if inspect.isclass(found) else hyperparameters(found).items()
+            kept = {k: given[k] if v is empty else v for k, v in asked if v is empty or not inspect.isclass(found)}
             yield pytest.param(slot, home, {part: kept} if kept else part, id=f"{slot}-{part}")
 
 
@@ -215,21 +220,34 @@ def test_parts_survive_yaml(slot, home, spec):
     written = yaml.safe_load(yaml.safe_dump({slot: spec}))[slot]
     part = from_spec(written, home)
     again = to_spec(part)
-    assert again == spec or isinstance(again, dict) and next(iter(again)) == spec       # references say their defaults
+    assert again == spec or next(iter(again)) in spec                                   # objects say their defaults
     assert to_spec(from_spec(again, home)) == again
+
+
+def spec_of(filling):
+    """What to write in YAML for what fills a slot. A module may be in two places, so it is left out."""
+    if isinstance(filling, Mapping):
+        return {key: to_spec(part) for key, part in filling.items() if not isinstance(part, torch.nn.Module)}
+    return to_spec(filling)
 
 
 @pytest.mark.parametrize("recipe", recipes.__all__)
 def test_parts_of_recipes_survive_yaml(recipe):
-    """Every slot of every recipe, taken from its spec, gives the same loss."""
+    """Every slot of every recipe, taken from its spec, gives the same loss. In YAML terms have the names of their parts."""
     objective = objective_for(recipe)
-    specs = {slot: to_spec(getattr(objective, slot)) for slot in (*SLOTS, "ranking")}
-    again = assemble(recipe, yaml.safe_load(yaml.safe_dump({
-        **{k: v for k, v in specs.items() if k != "reference" and (v is not None or k == "pair_weight")},
-        "reference": {type(objective.reference).__name__: objective.reference.spec()}})))
+    terms = {slot for slot in ("regularisers", "penalties", "shaping") if slot in objective.home}
+    specs = {slot: spec_of(getattr(objective, slot)) for slot in objective.home if slot not in terms}
+    departures = {k: v for k, v in specs.items() if v is not None or type(objective).__dataclass_fields__[k].default is None}
+    again = assemble(recipe, yaml.safe_load(yaml.safe_dump({**SETTINGS.get(recipe, {}), **departures})))
     for slot, spec in specs.items():
-        assert to_spec(getattr(again, slot)) == spec, slot
+        assert spec_of(getattr(again, slot)) == spec, slot
     assert again.reference == objective.reference
+    for slot, term in ((slot, term) for slot in terms for term in getattr(objective, slot).values()):
+        spec = to_spec(part := getattr(term, "part", term))
+        if name(part) in explain.parts_of(slot) and not isinstance(part, torch.nn.Module):
+            added = assemble(recipe, {slot: yaml.safe_load(yaml.safe_dump([spec]))})
+            assert to_spec(getattr(made := getattr(added, slot)[name(part)], "part", made)) == spec
+    close(outcome(ready(again), columns_for(recipe))[0], outcome(objective, columns_for(recipe))[0])
 
 
 # ---------------------------------------------------------------------------------------------------------- composition
@@ -249,8 +267,8 @@ def test_flipped_labels_fit_any_pairwise_loss(recipe):
 
 def compositions():
     given = {"squared": {"goal": 0.7}, "squared_goal": {"goal": 0.7}}
-    rankings = [n for home in RANKINGS for n in __import__(home, fromlist=["x"]).__all__]
-    scores = __import__(SLOTS["score"], fromlist=["x"]).__all__
+    rankings, scores = ([n for home in PreferenceObjective.home[slot] for n in import_module(home).__all__]
+                        for slot in ("ranking", "score"))
     for ranking, score in itertools.product(rankings, scores):
         yield {"ranking": {ranking: given[ranking]} if ranking in given else ranking, "score": score}
 
@@ -302,8 +320,9 @@ def test_arguments_and_slots_together():
 
 # ------------------------------------------------------------------------------------------------------------- departures
 def planned(recipe: str, **departures) -> Run:
-    aspects = {"data": {**BASE["data"], "encoding": {"aspects": ["a", "b"]}}} if recipe.startswith("multi_") else {}
-    return make({**BASE, "recipe": recipe, "set": departures, **aspects})
+    more = {"data": {**BASE["data"], "encoding": {"aspects": ["a", "b"]}}} if recipe.startswith("multi_") else \
+        {"rollout": {"rewards": "final_answer"}} if recipe in ON_POLICY else {}
+    return make({**BASE, "recipe": recipe, "set": departures, **more})
 
 
 def test_departures():
@@ -314,8 +333,8 @@ def test_departures():
         "recipe": "dpo", "ranking": {"recipe": "logistic", "here": {"hinge": {"delta": 1.0}}},
         "labels": {"recipe": "as_given", "here": {"unflip": {"flip": 0.3}}}, "pair_weight": {"recipe": None, "here": "gap"}}
     found = departures(planned("tr_dpo", every=2, regularisers=[{"best_nll": {"weight": 0.2}}]))
-    assert found == {"recipe": "tr_dpo", "reference": {"recipe": "Moving(alpha=0.6, every=512)",
-                                                       "here": "Moving(alpha=0.6, every=2)"},
+    assert found == {"recipe": "tr_dpo", "reference": {"recipe": {"Moving": {"alpha": 0.6, "every": 512}},
+                                                       "here": {"Moving": {"alpha": 0.6, "every": 2}}},
                      "regularisers": {"recipe": {}, "here": {"best_nll": ["best_nll", 0.2]}}}
 
 

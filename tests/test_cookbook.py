@@ -13,11 +13,12 @@ import torch
 from small_tokenizers import fast
 from tiny_models import Float64, tiny
 
+from data_tools.batch import Batch
 from data_tools.collate import collate
 from data_tools.records import Group, Response
 from prefopt import config, recipes
 from prefopt.forward import fill, forward
-from prefopt.models import Models
+from prefopt.models import Head, Models
 
 ROOT = Path(__file__).parents[1]
 COOKBOOK = ROOT / "cookbook"
@@ -268,3 +269,70 @@ def test_one_file_learns(monkeypatch, capsys):
     assert len(lines) == 4 and "loss 0.6931" in lines[0]
     assert "accuracy 1.00" in lines[-1] and float(lines[-1].split()[3]) < 0.6
     assert len((COOKBOOK / "one_file/dpo.py").read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("tokens", [None, 60])
+def test_one_file_reward_model_is_the_library(tokens, monkeypatch):
+    """Loss and every gradient on one batch, whole and in micro-batches."""
+    one_file, words = script("one_file/reward_model.py", monkeypatch), fast("bytes", bos=False)
+    model = tiny("llama", vocab_size=len(words), head=Head("AutoModelForSequenceClassification", "SEQ_CLS", 1))
+    batch = collate([Group(p["prompt"], [Response(p["chosen"]), Response(p["rejected"])], [1.0, 0.0]) for p in PAIRS], words)
+    here, last = one_file.collate(PAIRS, words)
+    assert torch.equal(here * batch["attend"], batch["tokens"] * batch["attend"])
+    assert torch.equal(last, batch["attend"].sum(1) - 1)
+    with Float64():
+        loss, accuracy = one_file.bradley_terry_loss(model, here, last)
+        loss.backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        objective, models = recipes.bradley_terry(), Models(model)
+        step = objective.annotate(batch)
+        found = [objective.loss(forward(models, micro, objective.reads())) for micro in step.microbatches(tokens)]
+        sum(part.value for part in found).backward()
+    assert abs((sum(part.value for part in found) - loss).item()) < 1e-10
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, expected[name], rtol=1e-10, atol=1e-10), name
+
+
+@pytest.mark.parametrize("tokens", [None, 40])
+def test_one_file_grpo_is_the_library(tokens, monkeypatch):
+    """Its own rollout of ragged prompts, scored at random: loss and every gradient, off policy too."""
+    one_file = script("one_file/grpo.py", monkeypatch)
+    _, words = one_file.tiny()
+    policy = tiny("llama", vocab_size=len(words), eos_token_id=0, bos_token_id=None)
+    torch.manual_seed(0)
+    found, _ = one_file.rollout(policy, words, [{"prompt": "Is 1", "answer": "ok"}, {"prompt": "Is 22 a", "answer": "ok"}], 3, 6)
+    old = 0.3 * torch.randn(found["tokens"].shape, dtype=torch.float64)
+    reward = torch.tensor([1.0, 0.0, 0.5, 0.2, 0.2, 0.9], dtype=torch.float64)
+    with Float64():
+        logp = one_file.token_logp(policy, found["tokens"], found["attend"])
+        loss = one_file.grpo_loss(logp, logp.detach() + old, found["mask"], one_file.advantages(reward, found["group"]))
+        loss.backward()
+        expected = {name: p.grad.clone() for name, p in policy.named_parameters()}
+        policy.zero_grad()
+        objective, models = recipes.grpo(), Models(policy)
+        batch = Batch({"tokens": found["tokens"], "attend": found["attend"], "mask": found["mask"], "group": found["group"],
+                       "prompt_length": (found["attend"] * ~found["mask"]).sum(1), "reward": reward,
+                       "logp_old": logp.detach() + old})
+        step = objective.annotate(batch)
+        parts = [objective.loss(forward(models, micro, objective.reads())) for micro in step.microbatches(tokens, False)]
+        assert (len(parts) > 1) == (tokens is not None)
+        sum(part.value for part in parts).backward()
+    assert abs((sum(part.value for part in parts) - loss).item()) < 1e-10
+    for name, p in policy.named_parameters():
+        assert torch.allclose(p.grad, expected[name], rtol=1e-10, atol=1e-10), name
+
+
+def test_one_files_learn(monkeypatch, capsys):
+    """The reward model ranks the toy pairs; GRPO's mean reward rises."""
+    one_file = script("one_file/reward_model.py", monkeypatch)
+    model, words = one_file.tiny()
+    one_file.train(model, words, one_file.TOY, lr=1e-3, epochs=6)
+    assert "accuracy 1.00" in capsys.readouterr().out.splitlines()[-1]
+    one_file = script("one_file/grpo.py", monkeypatch)
+    policy, words = one_file.tiny()
+    assert one_file.train(policy, words, one_file.TOY, k=16, steps=30, lr=5e-3) > 0.15
+    first = float(capsys.readouterr().out.splitlines()[0].split()[3])
+    assert first < 0.1
+    for name in ("grpo", "reward_model"):
+        assert len((COOKBOOK / f"one_file/{name}.py").read_text().splitlines()) <= 200

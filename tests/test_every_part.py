@@ -12,22 +12,29 @@ from data_tools.columns import COLUMNS
 from prefopt.parts import columns_read, hyperparameters, kind
 
 SLOTS = ["scores", "masks", "margins", "label_rules", "pairwise", "pointwise", "listwise", "pair_weights", "regularisers",
-         "reductions", "annotations"]
-ROW_SLOTS = {"scores", "masks"}                               # these see rows (N, ...), the others groups (B, K, ...)
+         "reductions", "annotations", "shaping", "keeps", "advantages", "divergences", "token_rewards", "credits", "normalisers",
+         "ratios", "surrogates", "token_weights", "accepts", "corrections", "selections", "penalties", "critics"]
+# these see rows (N, ...), the others groups (B, K, ...); parts of tokens see either
+ROW_SLOTS = {"scores", "masks", "ratios", "surrogates", "token_weights", "corrections", "penalties", "critics"}
 HOMES = {f"{slot}.{name}": (slot, name) for slot in SLOTS for name in importlib.import_module(f"prefopt.{slot}").__all__}
 EVERY = pytest.mark.parametrize("key", HOMES)
 
-REQUIRED = {"shifted": dict(gamma=0.3), "squared": dict(goal=0.7), "squared_goal": dict(goal=0.7),
+REQUIRED = {"overlong": dict(limit=6, buffer=4), "clipped": dict(low=0.2, high=0.7), "share_between": dict(low=0.2, high=0.7),
+            "fixed_length": dict(length=7), "fixed_total": dict(length=7), "AdaptiveEntropy": dict(target=1.0),
+            "covariance_top": dict(share=0.1), "covariance_band": dict(share=0.1, low=0.1), "shifted": dict(gamma=0.3), "squared": dict(goal=0.7), "squared_goal": dict(goal=0.7),
             "smooth": dict(label_smoothing=0.2), "unflip": dict(flip=0.2), "Thresholds": dict(levels=6)}
 PAIRS = {"match_margins", "match_scores"}                     # groups of two
+CONTROLLERS = ("AdaptiveKL", "AdaptiveEntropy")
 B, K, T, D, L = 3, 4, 6, 5, 2                                 # all different, so that an axis is known by its size
 CARRIES_GRADIENT = {"logp", "score", "margin", "token_kl", "reward_mask", "kl_mask", "last_state", "outputs", "prompt_state",
-                    "token_reward", "embedding", "gate", "grade_logits"}
+                    "token_reward", "embedding", "gate", "grade_logits", "log_ratio", "value", "entropy"}
 TOKENS = {"logp", "logp_ref", "logp_old", "collision", "token_kl", "activation_mask", "reward_mask", "kl_mask", "states_ref",
-          "token_reward", "step_label"}
+          "token_reward", "step_label", "logp_now", "logp_rollout", "value", "value_old", "returns", "entropy", "noise",
+          "step_reward", "reward_at", "log_ratio", "advantage"}
 SLOTTED = {"score", "relevance", "reward", "mismatched", "position", "transported", "wins", "rewards",
            "grade_logits"}
-SURROGATE = {"online_kl", "aot_unpaired", "linearised"}                   # the value is not what is differentiated, by definition
+# the value is not what is differentiated, by definition
+SURROGATE = {"online_kl", "aot_unpaired", "linearised", "sequence_token", "truncate", "k1_score", "k3_straight"}
 
 
 def every(condition):
@@ -35,7 +42,7 @@ def every(condition):
 
 
 def is_row_part(key: str) -> bool:
-    return HOMES[key][0] in ROW_SLOTS and HOMES[key][1] != "DegreeHead"
+    return HOMES[key][0] in ROW_SLOTS and HOMES[key][1] not in ("DegreeHead", *CONTROLLERS)
 
 
 def part_of(key: str):
@@ -90,7 +97,12 @@ def inputs(key: str, *, seed=0, dtype=torch.float64, b=B, k=K, t=T, full=False) 
         "labels": wins, "outputs": 2 * uniform(D) - 1, "prompt_state": uniform(D), "token_reward": 2 * uniform(t) - 1,
         "step_label": torch.where(uniform(t) < 0.5, math.nan, (uniform(t) < 0.5).double()), "embedding": 2 * uniform(6) - 1,
         "gate": uniform(3), "grade_logits": 2 * uniform(D) - 1, "tangent": uniform(2),
-        "rewards": torch.where(uniform(D) < 0.3, math.nan, uniform(D))}
+        "rewards": torch.where(uniform(D) < 0.3, math.nan, uniform(D)), "logp_now": -3 * uniform(t) - 0.1,
+        "logp_rollout": -3 * uniform(t) - 0.1, "value": uniform(t), "value_old": uniform(t), "returns": uniform(t),
+        "entropy": uniform(t), "noise": uniform(t), "coefficient": uniform(), "selected": mask & (uniform(t) < 0.4),
+        "advantage": (4 * uniform(t) - 2) * mask, "log_ratio": (2 * uniform(t) - 1) * mask, "finished": uniform() < 0.7,
+        "response_advantage": 2 * uniform() - 1, "reward_at": uniform(t) * mask, "length": mask.sum(-1),
+        "step_reward": torch.where(uniform(t) < 0.5, math.nan, uniform(t)), "probe": real & (uniform() < 0.4) if len(lead) > 1 else None}
     read = columns_read(part_of(key)[1])
     return [x.to(dtype) if x.is_floating_point() and name != "terms" else x for name, x in
             ((name, made[name]) for name in read)]
@@ -125,13 +137,18 @@ def kind_of(key):
         return None
 
 
+def before(key):
+    """Parts that run before the loss, without gradient."""
+    return HOMES[key][0] == "annotations" or HOMES[key][1] in CONTROLLERS
+
+
 def differentiable(key):
     return [i for i, n in enumerate(names(key)) if n in CARRIES_GRADIENT]
 
 
 def gradients(key, values, chosen=None):
     """Of a fixed random projection of the outputs at real slots, with respect to the columns that may carry gradient."""
-    at = differentiable(key) if HOMES[key][0] != "annotations" else []
+    at = differentiable(key) if not before(key) else []
     values = [v.clone().requires_grad_() if i in at else v for i, v in enumerate(values)]
     out = slice_real(call(key, values), key, values)
     if not out.requires_grad:
@@ -171,7 +188,7 @@ def test_dtype_kept(key, dtype):
 def test_half_precision_tokens_give_float32_maths(key):
     small = inputs(key, dtype=torch.bfloat16)
     out = call(key, small)
-    assert out.dtype == torch.float32
+    assert out.dtype == (torch.bool if HOMES[key][0] in ("accepts", "selections") else torch.float32)
     close(out, call(key, [v.float() if v.dtype == torch.bfloat16 else v for v in small]), 1e-6)
 
 
@@ -249,7 +266,7 @@ def test_finite_at_extremes(key, extreme, dtype):
         assert gradient.isfinite().all(), name
 
 
-@every(lambda key: differentiable(key) and not key.startswith("annotations."))
+@every(lambda key: differentiable(key) and not before(key))
 def test_gradient(key):
     """The analytic gradient is that of finite differences, wherever there is one."""
     at = differentiable(key)
@@ -264,8 +281,8 @@ def test_gradient(key):
         return part(*full)
 
     out = of(*wrt)
-    if HOMES[key][0] == "pair_weights":
-        assert not out.requires_grad, "a pair weight carries no gradient"
+    if HOMES[key][0] in ("pair_weights", "token_weights"):
+        assert not out.requires_grad, "a weight carries no gradient"
     elif HOMES[key][1] not in SURROGATE:
         assert torch.autograd.gradcheck(of, wrt)
 

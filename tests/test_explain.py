@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from columns_for_tests import OFF_POLICY, ON_POLICY
 
 from data_tools.columns import COLUMNS
 from prefopt import explain, memory, recipes, regularisers
@@ -90,13 +91,17 @@ def test_departures():
     assert explain.departures_of("dpo", {}) == {}
 
 
-def test_table_shows_dpo_and_what_differs_from_it():
+def test_tables_show_their_base_and_what_differs_from_it():
     table = explain.table()
-    assert set(table) == set(recipes.__all__)
+    assert set(table) == set(OFF_POLICY)
     assert table["dpo"]["score"] == "log_ratio" and table["dpo"]["ranking"] == "logistic"
     assert {k: v for k, v in table["hinge"].items() if v} == {"ranking": "hinge"}
     assert {k: v for k, v in table["rdpo"].items() if v} == {"labels": "unflip(flip=0.1)"}
     assert {k: v for k, v in table["tr_dpo"].items() if v} == {"reference": "Moving"}
+    table = explain.table("grpo")
+    assert set(table) == set(ON_POLICY)
+    assert table["grpo"]["advantage"] == "zscore" and table["grpo"]["reduce"] == "sequence_mean"
+    assert {k: v for k, v in table["gspo"].items() if v} == {"ratio": "sequence_token", "surrogate": "clip(low=0.0003, high=0.0004)"}
 
 
 def test_themes_hold_every_recipe_once():
@@ -110,7 +115,9 @@ def test_page_of_every_recipe(name):
     objective, page = recipes.find(name)(), explain.recipe_page(name)
     assert [row[0] for row in page.tables["Columns it reads"]] == sorted(objective.reads())
     loads = [row[0] for row in page.tables["Models it loads"]]
-    assert loads == ["policy", "reference"] if objective.reads() & REFERENCE else ["policy"]
+    read = {"reference": objective.reads() & REFERENCE, "critic": objective.reads() & {"value", "value_old"}}
+    assert loads == ["reward model" if objective.outputs else "policy", *(model for model in read if read[model])]
+    assert ("prompts" in dict(page.tables["Data"])["takes"]) == (name in ON_POLICY)
     assert [row[0] for row in page.tables["Arguments"]] == list(inspect.signature(recipes.find(name)).parameters)
     text = explain.rendered([page])
     assert page.doc.equation.split("\n")[0][:60] in text and max(map(len, text.splitlines())) <= 100
@@ -126,7 +133,10 @@ def test_every_column_of_the_models_has_its_pass():
 def test_origin_of_columns():
     assert [explain.origin(c) for c in ("logp", "logp_old", "logp_ref", "token_kl", "mismatched", "states_ref")] == \
         ["policy", "policy", "reference", "policy and reference", "policy and reference", "reference"]
-    assert explain.origin("reward") == explain.origin("position") == explain.origin("relevance") == "the data"
+    assert explain.origin("position") == explain.origin("relevance") == "the data"
+    assert explain.origin("reward") == "the data or the rewards"
+    assert [explain.origin(c) for c in ("value", "value_old", "logp_now", "logp_rollout")] == \
+        ["critic", "critic", "policy", "sampler"]
     assert explain.origin("online") == "sampling"
     assert all(explain.origin(c) for c in COLUMNS)
 
@@ -222,7 +232,7 @@ def test_departures_show_in_the_page():
 
 
 @pytest.mark.parametrize("name, departures, said", [
-    ("dop", {}, "did you mean 'dpo'"), ("dpo", {"bta": 1}, "did you mean 'beta'"),
+    ("dpoo", {}, "did you mean 'dpo'"), ("dpo", {"bta": 1}, "did you mean 'beta'"),
     ("hinges", {}, "did you mean 'hinge'"), ("squared", {"goal": 1}, "only recipes take departures")])
 def test_mistakes(name, departures, said):
     with pytest.raises(ValueError, match=said):

@@ -8,7 +8,7 @@ from torch import nn
 
 from data_tools.batch import Batch
 from prefopt import recipes
-from prefopt.forward import fill, forward, frozen_models
+from prefopt.forward import fill, forward, frozen_models, needs_critic
 from prefopt.models import Models, head_of
 
 
@@ -59,10 +59,24 @@ def preferences(reads: set[str]) -> tuple[Batch, Batch]:
     return whole, Batch({**whole, "group": (whole["group"] + 1) % whole.groups}, whole.width)
 
 
+def sampled(reads: set[str]) -> Batch:
+    """Five groups of sampled responses, ragged, with rewards, one of them unknown, and a probe row beside each."""
+    sizes = [(3, 4, 2, 5), (2, 1, 6), (4, 3, 3, 2), (2, 5), (3, 2, 2)]
+    rows = [(group, prompt, length) for group, (prompt, *lengths) in enumerate(sizes) for length in [*lengths, 2]]
+    random = torch.Generator().manual_seed(4)
+    last = torch.tensor([n + 1 == len(rows) or rows[n][0] != rows[n + 1][0] for n in range(len(rows))])
+    made = batch(rows, seed=3, padding="left", right=1, train=~last, finished=torch.rand(len(rows), generator=random) < 0.5,
+                 reward=torch.rand(len(rows), generator=random).index_fill(0, torch.tensor([1]), torch.nan))
+    shape = made["mask"].shape
+    return made.with_columns(step_reward=torch.rand(shape, generator=random), noise=torch.rand(shape, generator=random),
+                             logp_rollout=-4 * torch.rand(shape, generator=random))
+
+
 def policies(name: str) -> Models:
-    """What the recipe trains, a language model or one with its head, and a reference."""
-    head = head_of(recipes.find(name)())
-    return Models(tiny("llama", head=head), tiny("llama", seed=1))
+    """What the recipe trains, a language model or one with its head, a reference, and a critic where values are read."""
+    objective = recipes.find(name)()
+    critic = tiny("llama", head=CRITIC, seed=2) if needs_critic(objective.reads()) else None
+    return Models(tiny("llama", head=head_of(objective)), tiny("llama", seed=1), critic=critic)
 
 
 def trained(name: str, models: Models, *, split: bool = False) -> tuple[float, dict[str, torch.Tensor], int]:
@@ -78,14 +92,16 @@ def trained(name: str, models: Models, *, split: bool = False) -> tuple[float, d
         module.double()
         for p in module.parameters():
             nn.init.normal_(p, 0.5, 0.2)
-    both = nn.ModuleDict({"policy": models.policy, "parts": parts})
+    both = nn.ModuleDict({"policy": models.policy, "parts": parts, **({"critic": models.critic} if models.critic else {})})
     both.zero_grad()
     reads = objective.reads()
-    whole, other = preferences(reads)
-    tokens = int(torch.zeros(whole.groups).long().index_add(0, whole.index, whole["attend"].sum(1)).max()) if split else None
-    whole = objective.annotate(fill(models, whole, reads, tokens=tokens, other=other))
+    whole, other = preferences(reads) if objective.whole_groups else (sampled(reads), None)
+    lengths = whole["attend"].sum(1)
+    largest = torch.zeros(whole.groups).long().index_add(0, whole.index, lengths) if objective.whole_groups else lengths
+    sizes = dict(tokens=int(largest.max()) if split else None, whole_groups=objective.whole_groups)
+    whole = objective.annotate(fill(models, whole, reads, other=other, **sizes))
     value, pieces = 0.0, 0
-    for micro in whole.microbatches(tokens):
+    for micro in whole.microbatches(**sizes):
         loss = objective.loss(forward(models, micro, reads, chunk=7 if split else None)).value
         torch.autograd.backward(loss)
         value, pieces = value + float(loss.detach()), pieces + 1
@@ -101,6 +117,8 @@ def test_microbatches_do_not_matter(name):
     same(one[1], many[1])
     assert max(g.abs().max() for g in one[1].values()) > 1e-6
     assert any(key.startswith("parts") for key in one[1]) == bool(recipes.find(name)().modules())
+    owners = {key.split(".")[0] for key, gradient in one[1].items() if gradient.abs().max() > 1e-6}
+    assert "policy" in owners and ("critic" in owners) == needs_critic(recipes.find(name)().reads())
 
 
 @pytest.mark.parametrize("name", recipes.__all__)
@@ -111,9 +129,12 @@ def test_the_reference_runs_only_for_recipes_that_read_it(name):
     assert (models._reference.calls["forwards"] > 0) == bool(frozen_models(reads))
     passes = len(reads & {"logp_ref", "activation_mask", "mismatched"}) + bool(reads & {"token_kl", "states_ref"})
     assert models._reference.calls["forwards"] == passes
-    assert models.policy_model().calls["forwards"] == 1 + len(reads & {"logp_old", "outputs_old", "mismatched"})
+    before = reads & {"logp_old", "logp_now", "entropy_old", "outputs_old", "mismatched"}
+    assert models.policy_model().calls["forwards"] == 1 + len(before)
+    if needs_critic(reads):
+        assert models.critic_model().calls["forwards"] == len(reads & {"value", "value_old"}) == 2
     if not frozen_models(reads):
-        trained(name, Models(policies(name).policy))          # none need be there
+        trained(name, Models(policies(name).policy, critic=policies(name).critic))         # none need be there
         assert not reads & {"logp_ref", "states_ref", "token_kl", "mismatched", "activation_mask"}
 
 

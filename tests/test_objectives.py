@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from columns_for_tests import close, columns_for, objective_for, outcome
+from columns_for_tests import OFF_POLICY, ON_POLICY, close, columns_for, objective_for, outcome
 
 from data_tools import Batch
 from prefopt import diagnose, label_rules, margins, masks, pairwise, pointwise, recipes, regularisers, scores
@@ -90,14 +90,19 @@ def test_probe_and_unlabelled_rows_are_in_no_term(hide):
     """Every recipe that reads no rows of that kind: adding them changes nothing."""
     for name in recipes.__all__:
         columns = columns_for(name)
-        if columns["relevance"].isnan().any():
-            continue                                          # recipes whose extra rows are unlabelled by design
+        if name in OFF_POLICY and columns["relevance"].isnan().any() or name == "remax" and "train" in hide:
+            continue                                          # recipes whose extra rows are unlabelled, or probes, by design
+        if name in ON_POLICY:
+            hide = {"reward": NAN} if "relevance" in hide else hide
+        elif "reward" in hide:
+            hide = {"relevance": NAN}
         n = len(columns["group"])
         rows = torch.arange(3)
         extra = {k: v[rows] for k, v in columns.items()}
         more = {k: torch.cat([extra[k], v]) for k, v in columns.items()}
-        more["train"] = torch.cat([torch.full((3,), hide.get("train", True)), torch.ones(n).bool()])
-        more["relevance"][:3] = hide.get("relevance", 1.0)
+        more["train"] = torch.cat([torch.full((3,), hide.get("train", True)), columns.get("train", torch.ones(n).bool())])
+        label = "reward" if name in ON_POLICY else "relevance"
+        more[label][:3] = hide.get(label, 1.0)
         more["logp"][:3] -= 2.0
         expected, gradients = outcome(objective_for(name), columns)
         found, found_gradients = outcome(objective_for(name), more)
@@ -236,9 +241,11 @@ def test_a_recipe_runs_on_what_it_says_it_reads(name):
     """Nothing else is needed, and none of it can be left out."""
     objective, columns = objective_for(name), columns_for(name)
     columns.setdefault("logp_old", columns["logp"].detach())
-    needed = {k: v for k, v in columns.items() if k in objective.reads() | {"group"}}
+    always = {"group", "train", "noise"} if name in ON_POLICY else {"group"}        # marks of probe rows, and chance
+    needed = {k: v for k, v in columns.items() if k in objective.reads() | always}
     close(outcome(objective_for(name), needed)[0], outcome(objective_for(name), columns)[0])
-    for key in objective.reads() - {"logp_old", "outputs_old", "relevance"}:      # made from logp, outputs, or wins
+    made = {"logp_now"} if name in ON_POLICY else {"logp_old", "outputs_old", "relevance"}      # from logp, outputs, or wins
+    for key in objective.reads() - made:
         with pytest.raises(KeyError, match=key):
             outcome(objective_for(name), {k: v for k, v in needed.items() if k != key})
 

@@ -697,7 +697,7 @@ def test_adaptive_kl_settles_at_its_target():
         for _ in range(400):
             found = 1 / control.coefficient
             control(*groups([found] * 64))
-        assert found == pytest.approx(6.0, rel=0.2)
+        assert 0.8 * 6.0 < found < 1.2 * 6.0
 
 
 def test_adaptive_entropy():

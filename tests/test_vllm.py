@@ -137,11 +137,11 @@ def behaves(engine, model, words):
     assert max(len(r.text) for r in groups[0].responses) == 3 and gap(model, groups, words) <= 1e-5
 
 
-def talkative(model):
+def terse(model, factor):
     """The model with end tokens that are likely enough."""
     ends = fast("bytes").convert_tokens_to_ids(["</s>", "<|im_end|>"])
     with torch.no_grad():
-        model.get_output_embeddings().weight[ends] *= 2
+        model.get_output_embeddings().weight[ends] *= factor
     return model
 
 
@@ -189,7 +189,7 @@ class TestInProcess:
             engine.sync(policy(), 9)
 
     def test_it_samples_as_any_sampler(self, in_process):
-        behaves(in_process(), talkative(policy()), fast("bytes"))
+        behaves(in_process(), terse(policy(), 2), fast("bytes"))
 
     def test_wrong_weights_are_found(self, in_process, monkeypatch):
         """Tied embeddings without the head, which vLLM packs by itself; and another model's weights altogether."""
@@ -252,7 +252,7 @@ class TestServer:
         follows(server.client(), with_lora(model) if lora else model, fast("bytes"))
 
     def test_it_samples_as_any_sampler(self, server):
-        behaves(server.client(), talkative(policy(tied=True)), fast("bytes"))
+        behaves(server.client(), terse(policy(tied=True), 4), fast("bytes"))
 
     def test_adapters_follow(self, server):
         base = server.client()

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from cookbook import tiny
-from cookbook.implicit_prm import chains
+from cookbook.implicit_prm import chains, swaps
 from data_tools.encoding import Encoding
 from data_tools.formats import load as read
 from data_tools.records import Group, Response
@@ -26,7 +27,8 @@ STEPS, CANDIDATES, RIGHT = 5, 8, 0.25
 BETA, LR = 0.3, 5e-4
 ARMS = {"CE": ("implicit_ce", {"beta": BETA}), "DPO": ("implicit_dpo", {"beta": BETA}), "KTO": ("implicit_kto", {"beta": BETA}),
         "NCA": ("implicit_nca", {"beta": BETA}), "step labels": ("process", {})}
-TRACES = Path(__file__).parents[2].parent / "shared" / "data" / "bigbench_mistake" / "multistep_arithmetic.jsonl.gz"
+MISTAKES = Path(__file__).parents[2].parent / "shared" / "data" / "bigbench_mistake"
+ARITHMETIC, TRACKING = (MISTAKES / f"{task}.jsonl.gz" for task in ("multistep_arithmetic", "tracking_shuffled_objects"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps
@@ -106,11 +108,11 @@ def synthetic(folder: Path, arms: Sequence[str], warm_up: int, steps: int, tests
 
 
 # ------------------------------------------------------------------------------------------------------- BIG-Bench-Mistake
-def symbols(texts: Sequence[str]):
-    """A tokenizer of words, digits and signs, with those of the texts as its vocabulary."""
+def symbols(texts: Sequence[str], punctuation: str = "isolated"):
+    """A tokenizer of words, digits and signs, with those of the texts as its vocabulary; "removed" punctuation is not read."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    cut = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(),
+    cut = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(punctuation),
                                    pre_tokenizers.Digits(individual_digits=True)])
     seen = sorted({piece for text in texts for piece, _ in cut.pre_tokenize_str(text)})
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *seen])}, unk_token="<unk>"))
@@ -121,7 +123,7 @@ def symbols(texts: Sequence[str]):
 def traces(folder: Path, warm_up: int, steps: int, seed: int) -> dict:
     """Half of the traces train on whether their answers are right, the other half's mistakes are looked for; and again the
     other way round. For every trace with a mistake: found or not, by arm."""
-    groups = list(read(str(TRACES)))
+    groups = list(read(str(ARITHMETIC)))
     for g in groups:
         g.relevance = [g.responses[0].scores["correct"]]      # the outcome; the place of the mistake is for the test
     order = np.random.default_rng(seed).permutation(len(groups))
@@ -149,6 +151,60 @@ def traces(folder: Path, warm_up: int, steps: int, seed: int) -> dict:
             found[name].update({int(n): v for n, v in zip(held, values, strict=True)})
     chance = {int(n): 1 / len(groups[n].responses[0].meta["steps"]) for n in found["CE"]}
     return {**found, "chance": chance}
+
+
+def teach(model, groups: Sequence[Group], words, *, steps: int, lr: float, seed: int, batch: int = 32) -> None:
+    """Next-token training on responses, those of like length together."""
+    rows = sorted(([*words(g.prompt)["input_ids"], -1, *words(g.responses[0].text)["input_ids"]] for g in groups), key=len)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    draw = np.random.default_rng(seed)
+    for first in draw.integers(len(rows) - 4 * batch, size=steps).tolist():
+        some = [rows[first + k] for k in draw.choice(4 * batch, batch, replace=False).tolist()]
+        ids = torch.zeros(batch, max(map(len, some)) - 1, dtype=torch.long)
+        goal = torch.full_like(ids, -100)
+        for n, row in enumerate(some):
+            start = row.index(-1)
+            ids[n, :len(row) - 1] = torch.tensor(row[:start] + row[start + 1:])
+            goal[n, start:len(row) - 1] = torch.tensor(row[start + 1:])
+        optimizer.zero_grad()
+        F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), goal[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def tracked(folder: Path, warm_up: Sequence[int], steps: int, seed: int) -> dict:
+    """Everything is learnt from synthetic stories; every real trace with a mistake is a test. As `traces`, and the share
+    of first slips found in new synthetic stories."""
+    draw, start = np.random.default_rng(seed), folder / f"swaps-{seed}"
+    words = symbols([f"{g.prompt} {g.responses[0].text}" for g in swaps.careless(draw, 3000, 0.5)], "removed")
+    model = tiny.language_model(len(words), layers=3, seed=seed)
+    model.config.max_position_embeddings = 512
+    for slip, count, lr in ((0.0, warm_up[0], 3e-3), (0.5, warm_up[1], 2e-3)):
+        teach(model, swaps.careless(draw, min(32 * count, 40000), slip), words, steps=count, lr=lr, seed=seed)
+    model.save_pretrained(start)
+    words.save_pretrained(start)
+    data = tiny.write(folder / f"swaps-{seed}.jsonl", bare(swaps.outcomes(draw, 32 * steps)))
+    reward = trained(folder / f"swaps-ce-{seed}", start, "CE", data, {"lr": 2e-3, "steps": steps, "groups_per_step": 32, "seed": seed})
+    own = likelihood(str(start), encoding=Encoding(add_eos=False))
+
+    def guesses(groups, where):
+        rows = rows_of(groups)
+        return {"CE": hits(step_values(reward, rows), where), "language model's own": hits(summed(own(rows), rows, words), where)}
+
+    made = [g for g in swaps.outcomes(draw, 800) if g.responses[0].meta["wrong"] is not None]
+    found = {"synthetic": {arm: float(np.mean(values)) for arm, values in
+                           guesses(made, [g.responses[0].meta["wrong"] for g in made]).items()}}
+    if TRACKING.exists():
+        groups = [swaps.retold(g) for g in read(str(TRACKING)) if g.meta["mistake_index"] is not None]
+        lines, where = [g.responses[0].meta["steps"] for g in groups], [g.meta["mistake_index"] for g in groups]
+        common = int(np.bincount(where).argmax())             # of the test itself: more than a rival could know
+        longest = [max(range(len(some)), key=lambda k, some=some: len(some[k])) for some in lines]
+        found.update({**guesses(groups, where), "commonest step": [float(k == common) for k in where],
+                      "longest step": [float(k == n) for k, n in zip(where, longest, strict=True)],
+                      "chance": [1 / len(some) for some in lines]})
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- claims

@@ -169,8 +169,11 @@ def length(run: RunFolder) -> Iterator[Finding]:
 
 
 def overoptimised(run: RunFolder) -> Iterator[Finding]:
-    """Held-out numbers that get worse while those of training get better."""
-    for key, better, n in (("reward", 1, samples(run)), ("loss", -1, None), ("accuracy", 1, None)):
+    """Held-out numbers that get worse, by more than noise, while those of training get better.
+
+    Noise is two standard errors of a difference of means, or of a loss, whose spread is not measured, a fifth of its range.
+    """
+    for key, better in (("reward", 1), ("loss", -1), ("accuracy", 1)):
         train, held = get(run, key), get(run, f"eval/{key}")
         if not (train and held) or len(held.values) < 2 or (key != "reward" and run.settings.get("rollout")):
             continue
@@ -178,8 +181,10 @@ def overoptimised(run: RunFolder) -> Iterator[Finding]:
         after = [better * v for s, v in zip(train.steps, train.values, strict=True) if s >= held.steps[at]]
         since = Curve([0] * len(after), after, [])
         lost, spread = better * (held.values[at] - held.values[-1]), get(run, f"eval/{key}/std")
-        width = max(held.values) - min(held.values)
-        margin = 2 * spread.values[at] * math.sqrt(2 / n) if spread and n else 0.05 * width
+        deviation = math.sqrt(max(held.values[at] * (1 - held.values[at]), 0.0)) if key == "accuracy" else \
+            spread.values[at] if spread else None
+        known = deviation is not None and samples(run)
+        margin = 2 * deviation * math.sqrt(2 / samples(run)) if known else (max(held.values) - min(held.values)) / 5
         if after and lost > max(margin, 1e-9) and end(since) > start(since):
             yield warning("over-optimised", f"eval/{key} was best at step {held.steps[at]} ({held.values[at]:.4g}) and is "
                                             f"{held.values[-1]:.4g} at step {held.steps[-1]}, while {key} of training goes on "
@@ -188,7 +193,7 @@ def overoptimised(run: RunFolder) -> Iterator[Finding]:
 
 
 def samples(run: RunFolder) -> int | None:
-    """Responses of one evaluation."""
+    """Responses, or pairs, of one evaluation."""
     groups = run.facts.get("data", {}).get("eval_groups")
     return groups and groups * (run.settings.get("rollout") or {}).get("eval_k", 1)
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -54,6 +55,8 @@ def load(path: str | Path) -> RunFolder:
         hint = f", but these in it do: {', '.join(inside[:5])}" if inside else ""
         raise ValueError(f"{path} holds no run (no run.yaml){hint}. Give the folder that the setting out of a run names")
     settings = parsed(path / "run.yaml", yaml.safe_load)
+    if missing := [k for k in ("recipe", "policy", "data") if k not in settings]:
+        raise ValueError(f"{path / 'run.yaml'} has no {missing[0]!r}: it is not what a run writes. Copy the run folder again")
     return RunFolder(path.resolve().name, path, settings, parsed(path / "departures.yaml", yaml.safe_load),
                      parsed(path / "versions.json", json.loads), curves(path / "metrics.jsonl"), speed(path / "timing.jsonl"))
 
@@ -166,22 +169,24 @@ def rollouts(files: Sequence[Path]) -> list[Group]:
 
 # ---------------------------------------------------------------------------------------------------------- token texts
 def decoder(run: RunFolder) -> Callable[[tuple[int, ...]], str] | None:
-    """Token ids -> text, with the tokenizer that the run saved, else the one that it loaded. None where neither is at hand."""
+    """Token ids -> text, with the tokenizer that the run saved, else the one that it loaded, if that is on this machine; None
+    where neither is at hand."""
     saved = [run.path / "model", *sorted(run.path.glob("checkpoints/*/model"), reverse=True)]
     named = [n for n in (run.settings.get("tokenizer"), (run.settings.get("policy") or {}).get("name")) if n]
-    for home in (*saved, *map(Path, named)):
-        if (home / "tokenizer.json").exists():
-            from tokenizers import Tokenizer
-            decode = Tokenizer.from_file(str(home / "tokenizer.json")).decode
-            return lru_cache(2 ** 16)(partial(decode, skip_special_tokens=False))
-    if not named:
+    found = next((f for f in (p / "tokenizer.json" for p in (*saved, *map(Path, named))) if f.exists()), None)
+    found = found or next(filter(None, map(downloaded, named)), None)
+    if found is None:
         return None
-    from prefopt.models import load_tokenizer
-    try:
-        tokenizer = load_tokenizer(named[0])
-    except ValueError:
-        return None
-    return lru_cache(2 ** 16)(partial(tokenizer.decode, clean_up_tokenization_spaces=False))
+    from tokenizers import Tokenizer
+    return lru_cache(2 ** 16)(partial(Tokenizer.from_file(str(found)).decode, skip_special_tokens=False))
+
+
+def downloaded(name: str) -> str | None:
+    """The tokenizer's file of a hub model, if it was downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+    with suppress(ValueError):                                # a folder is no hub id
+        found = try_to_load_from_cache(name, "tokenizer.json")
+        return found if isinstance(found, str) else None
 
 
 def pieces(ids: Sequence[int], decode: Callable[[tuple[int, ...]], str], patience: int = 4) -> list[str]:

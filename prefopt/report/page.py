@@ -42,7 +42,7 @@ PAGE = HEAD + """
 <ul class="findings">
 {%- for n, f in findings %}
 <li class="{{ f.level }}"><strong>{% if runs | length > 1 %}{{ marked(n) }}, {% endif %}{{ f.topic }}</strong>
-{{- f.text }}</li>{% else %}<li class="fine">Nothing to worry about was found.</li>{% endfor %}</ul>
+{{ f.text }}</li>{% else %}<li class="fine">Nothing to worry about was found.</li>{% endfor %}</ul>
 <details><summary><small>what was looked for, where it was measured</small></summary><ul class="soft">
 {%- for words in checked %}<li>{{ words }}</li>{% endfor %}</ul></details>
 <h2>In numbers</h2>
@@ -108,40 +108,31 @@ class Panel(NamedTuple):
 
 PANELS = {
     "Reward": (
-        Panel("reward", ("reward",), "Mean reward of the sampled responses."),
-        Panel("pass@k", ("pass@*",), "Prompts with a reward above 1/2 among their k responses; pass@1: responses.", True),
-        Panel("spread of the reward", ("reward/std",), "Standard deviation over all responses."),
+        Panel("reward", ("reward",)),
+        Panel("pass@k", ("pass@*",), "Prompts with a reward above 1/2 among their k responses.", True),
+        Panel("spread of the reward", ("reward/std",)),
         Panel("components of the reward", ("reward/*",), "Mean of each, before its weight."),
-        Panel("groups with contrast", ("groups/contrast",), "Groups whose responses have different rewards.", True),
-        Panel("unscored", ("unscored",), "Responses without a reward.", True)),
-    "Loss": (Panel("loss", ("loss",), described("loss").capitalize() + "."),
-             Panel("terms of the loss", ("loss/*",), "What the loss is the sum of.")),
+        Panel("groups with contrast", ("groups/contrast",), share=True), Panel("unscored", ("unscored",), share=True)),
+    "Loss": (Panel("loss", ("loss",)), Panel("terms of the loss", ("loss/*",), "What the loss is the sum of.")),
     "Preferences": (
         Panel("accuracy", ("accuracy", "accuracy/*"), "Pairs whose preferred response has the higher score; also with longer "
                                                       "and shorter ones weighing alike."),
-        Panel("margin", ("margin",), "Score of the preferred minus score of the other response."),
-        Panel("scores", ("score/*",), "Of the preferred and the other response."),
-        Panel("gain on the reference", ("shift/*",), "What both responses gained in log-probability. Below 0: less likely than "
-                                                     "before."),
-        Panel("log-probability", ("logp/*",), "Of both responses."),
-        Panel("displaced", ("displaced",), "Pairs whose margin grew while the preferred response lost.", True),
+        Panel("margin", ("margin",)), Panel("scores", ("score/*",), "Implicit reward, or output of the head."),
+        Panel("gain on the reference", ("shift/*",), "In log-probability. Below 0: less likely than before."),
+        Panel("log-probability", ("logp/*",), "Of whole responses."), Panel("displaced", ("displaced",), share=True),
         Panel("ranking accuracy", ("ranking/policy*", "ranking/reference", "ranking/idealised*"),
               "Pairs that plain log-probabilities rank as labelled: the policy's, the reference's, and those of the optimum of "
               "DPO over beta (idealised)."),
-        Panel("ranking gap", ("ranking/gap",), "Idealised median minus the policy's.")),
+        Panel("ranking gap", ("ranking/gap",))),
     "Policy": (
-        Panel("entropy", ("entropy",), "Of the next token, in nats."),
-        Panel("KL to the reference", ("kl/ref",), "Nats per token.", log=True),
-        Panel("KL to the old policy", ("kl/old",), "Nats per token: how far the updates of one rollout go."),
-        Panel("sampler against trainer", ("gap/*",), "Mean absolute difference of a token's log-probability; 0 where both "
-                                                     "agree.", log=True),
+        Panel("entropy", ("entropy",)), Panel("KL to the reference", ("kl/ref",), "Nats per token.", log=True),
+        Panel("KL to the old policy", ("kl/old",)), Panel("sampler against trainer", ("gap/rollout",), log=True),
         Panel("clipped", ("clip/*",), "Tokens whose ratio left the range upwards (high) or downwards (low).", True),
-        Panel("importance ratio", ("ratio/mean", "ratio/effective"), "Mean of the ratio, and effective sample size as a share of "
-                                                                     "the tokens: both 1 on-policy."),
-        Panel("size of the advantage", ("advantage/*",), "Mean absolute advantage of a token.")),
-    "Responses": (Panel("length", ("length",), "Tokens of a response."),
-                  Panel("truncated", ("truncated",), "Responses that were cut.", True),
-                  Panel("longer preferred", ("length/*",), "Pairs whose preferred response is longer.")),
+        Panel("importance ratio", ("ratio/*",), "Mean of the ratio, and effective sample size as a share of the tokens: both 1 "
+                                                "on-policy."),
+        Panel("size of the advantage", ("advantage/size",))),
+    "Responses": (Panel("length", ("length",)), Panel("truncated", ("truncated",), share=True),
+                  Panel("length of pairs", ("length/*",))),
     "Optimiser": (Panel("gradient norm", ("grad_norm*",), "Before clipping.", log=True), Panel("learning rate", ("lr",))),
     "Other": (Panel("", ("*",)),)}
 SPEED = (Panel("tokens per second", ("tokens/s",), "Of prompts and responses, sampling and scoring included.", True),
@@ -185,6 +176,7 @@ def figures(runs: Sequence[RunFolder]) -> tuple[list[Figure], list[str]]:
 
 def figure(section: str, panel: Panel, keys: Sequence[str], every: Sequence[Mapping[str, Curve]], runs: Sequence[RunFolder]
            ) -> Figure:
+    """These metrics of every run; colours tell metrics apart with one run, and runs with more."""
     lines = []
     for n, (some, run) in enumerate(zip(every, runs, strict=True)):
         for k, key in enumerate(keys):
@@ -195,10 +187,14 @@ def figure(section: str, panel: Panel, keys: Sequence[str], every: Sequence[Mapp
                 lines.append(Line(f"{name} held out", colour, held, held_out=True))
     every_value = [v for line in lines for v in line.curve.values]
     log = panel.log and logarithmic(every_value)
-    title = panel.title if panel.title and len(panel.patterns) == 1 and "*" not in panel.patterns[0] or len(keys) > 1 else keys[0]
-    words = panel.words + f" Logarithmic axis{', zeros left out' * (0 in every_value)}." * log
+    title = panel.title if len(keys) > 1 or panel.patterns == tuple(keys) else keys[0]
+    words = (panel.words or sentence(described(keys[0]))) + f" Logarithmic axis{', zeros left out' * (0 in every_value)}." * log
     return Figure(section, title, chart(lines, label=f"{title} over the steps", share=panel.share, log=log),
                   list(enumerate(keys)) if len(keys) > 1 else [], words.strip())
+
+
+def sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def natural(keys: set[str]) -> list[str]:
@@ -269,7 +265,7 @@ def dash(held_out: bool) -> Markup:
 
 def rollouts(runs: Sequence[RunFolder], sizes: Sizes) -> tuple[dict, str]:
     """The sample of every run that has rollouts, with the scales of the colours, and what it leaves out."""
-    share = sizes._replace(steps=max(2, sizes.steps // len(runs)), groups=max(2, sizes.groups // max(1, len(runs) - 1)))
+    share = sizes._replace(steps=min(sizes.steps, max(2, sizes.steps // len(runs))))
     found = {run.name: sample(run, share) for run in runs}
     found = {name: made for name, made in found.items() if made["views"]}
     rows = [r for made in found.values() for view in made["views"] for g in view["groups"] for r in g["rows"] if "values" in r]
@@ -283,7 +279,7 @@ def rollouts(runs: Sequence[RunFolder], sizes: Sizes) -> tuple[dict, str]:
                       f"most {share.groups} groups, from the best to the worst"
                       + ("" if made["tokens"] else " (its tokenizer is not at hand, so tokens are not shown)")
                       for name, made in found.items())
-    out = [{"name": name, "views": [{"title": v["title"], "groups": v["groups"], "again": not v["facts"], "words": words(v)}
+    out = [{"name": name, "views": [{"title": v["title"], "groups": v["groups"], "again": not v["facts"], "words": on_view(v)}
                                     for v in made["views"]]} for name, made in found.items()]
     return {"runs": out, "measures": measures}, f"A sample. {shown}. All are in the folder rollouts of the run."
 
@@ -292,7 +288,7 @@ def listed(found) -> list:
     return found if isinstance(found, list) else [found]
 
 
-def words(view: dict) -> str:
+def on_view(view: dict) -> str:
     """What is on view, and the numbers of all groups of the step."""
     if not view["facts"]:
         return "Prompts that came up at several steps, with the responses of each."
@@ -318,7 +314,8 @@ def render(runs: Sequence[RunFolder], sizes: Sizes = Sizes()) -> str:
     title = f"{recipes}: {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs: {recipes}"
     return environment().from_string(PAGE).render(
         title=title, css=Markup(CSS), runs=runs, mark=mark, marked=marked, dash=dash, departures=departures, versions=versions,
-        findings=sorted(found, key=lambda item: item[1].level != "error"), checked=[c.__doc__ for c in checks.CHECKS],
+        findings=sorted(found, key=lambda item: item[1].level != "error"),
+        checked=[check.__doc__.splitlines()[0] for check in checks.CHECKS],
         numbers=list(numbers(runs)), figures=drawn, still=still, settings=settings(runs), rollouts=sampled, shown=shown,
         long=any(len(c.values) > 40 for run in runs for c in run.curves.values()),
         held=any(k.startswith("eval/") for run in runs for k in run.curves),

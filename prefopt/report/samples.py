@@ -10,7 +10,8 @@ from typing import NamedTuple
 from data_tools.records import Group, Response
 from prefopt.report.folders import RunFolder, decoder, pieces, rollout_files, rollouts
 
-__all__ = ["MEASURES", "Measure", "Sizes", "facts", "mean_reward", "prompt_text", "response", "sample", "spread", "values"]
+__all__ = ["MEASURES", "Measure", "Sizes", "at", "facts", "mean_reward", "prompt_text", "response", "sample", "shown", "spread",
+           "values"]
 
 
 class Measure(NamedTuple):
@@ -191,6 +192,12 @@ def response(row: Response, decode: Callable | None, limit: int, place: str = ""
             "values": {key: compact([found[n] for n in places]) for key, found in values(row, place).items()}}
     mask = row.meta.get("mask")
     return out | ({"mask": [mask[n] for n in places]} if mask and not all(mask) else {})
+
+
+def at(row: dict, key: str, n: int) -> float | None:
+    """The number of token n in a record of `response`; None where there is none."""
+    found = row.get("values", {}).get(key)
+    return found[n] if isinstance(found, list) else found
 
 
 def compact(numbers: Iterable[float | None]) -> list | float | None:

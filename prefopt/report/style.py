@@ -51,7 +51,7 @@ button[aria-pressed=true] { background: var(--c0); color: var(--paper); border-c
 .group header { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .86rem; } .group header b { font-size: .95rem; }
 pre, .said { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; font: 13px/1.7 ui-monospace, "Liberation Mono",
   monospace; } pre { padding: .4rem .6rem; background: var(--panel); border-radius: 4px; max-height: 15rem; overflow-y: auto; }
-.rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: .6rem; }
+.rows { display: grid; align-items: start; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: .6rem; }
 .row { border: 1px solid var(--line); border-radius: 6px; padding: .4rem .6rem; min-width: 0; }
 .row.hit { outline: 2px solid var(--c4); } .row .head { display: flex; flex-wrap: wrap; gap: 0 .8rem; font-size: .82rem; }
 .row .head b { font-size: .98rem; } .row .meter { height: 4px; background: var(--line); border-radius: 2px; margin: .2rem 0; }
@@ -203,6 +203,7 @@ function pick() {
 }
 data.runs.forEach((run, n) => by("run").append(option(run.name, n)));
 by("run").addEventListener("input", pick);
+by("run").parentElement.hidden = data.runs.length === 1;
 for (const id of ["view", "groups", "rows", "search"]) by(id).addEventListener("input", show);
 for (const b of document.querySelectorAll("button[data-key]"))
   b.addEventListener("click", () => { measure = b.dataset.key; colours(); show(); });

@@ -214,7 +214,8 @@ class VLLMServer(Engine):
         for attempt in range(self.retries + 1):
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as found:
-                    return json.loads(found.read() or b"{}")
+                    said = found.read().decode()
+                    return json.loads(said) if said.startswith("{") else {}            # some routes answer in plain words
             except urllib.error.HTTPError as error:
                 said = error.read().decode(errors="replace")[:500]
                 if error.code < 500:
