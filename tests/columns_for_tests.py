@@ -138,7 +138,7 @@ def rollouts(*, rewards=REWARDS, probes=PROBES, tokens: int = 6, seed: int = 0, 
     mask = torch.arange(tokens) < torch.randint(2, tokens + 1, (n, 1), generator=g)
     mask &= torch.rand(n, tokens, generator=g) < 0.8           # holes, as tool output has
     mask[:, 1] = True
-    mask[next(i for i, (b, _) in enumerate(flat) if b == 4)] = False
+    mask[next(i for i, (b, _) in enumerate(flat) if b == min(4, len(made) - 1))] = False
     logp_old = -3 * uniform(n, tokens) - 0.6
     return {
         "logp": logp_old + uniform(n, tokens) - 0.5, "logp_old": logp_old, "logp_ref": logp_old + uniform(n, tokens) - 0.5,

@@ -9,7 +9,9 @@ from torch import nn
 from data_tools.batch import Batch
 from prefopt import recipes
 from prefopt.forward import fill, forward, frozen_models, needs_critic
-from prefopt.models import Models, head_of
+from prefopt.models import Head, Models, head_of
+
+CRITIC = Head("AutoModelForTokenClassification", "TOKEN_CLS", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -279,7 +279,6 @@ def test_the_cut_distribution_by_hand():
 
     assert cut(top_k=3, top_p=0.7) == pytest.approx([0, 4 / 7, 0, 3 / 7])
     assert cut(top_p=0.75) == pytest.approx([0, 4 / 9, 2 / 9, 3 / 9])
-    assert cut(top_p=0.7) == pytest.approx([0, 4 / 9, 2 / 9, 3 / 9]) or cut(top_p=0.7) == pytest.approx([0, 4 / 7, 0, 3 / 7])
     assert cut(top_p=1e-9) == cut(top_k=1) == [0, 1, 0, 0]
     assert cut(temperature=0.5) == pytest.approx([1 / 30, 16 / 30, 4 / 30, 9 / 30])
     assert cut(temperature=0, top_p=0.1) == pytest.approx([0.1, 0.4, 0.2, 0.3])
@@ -603,7 +602,8 @@ def test_limits_of_a_conversation():
     assert [len(r.text) for r in group.responses] == [1, 3, 1, 1, 1]
     assert [(r.tokens, r.logp) for r in group.responses[2:]] == [(s.tokens, s.logp) for s in firsts[2:]]
     (again,), _ = script.asks[1]
-    assert again.limit == min(61, 70 - (len(group.responses[1].tokens) - 2 - 0)) or again.limit <= 61
+    spent = len(group.responses[1].tokens) - len(says(words, "dog<|im_end|>").tokens)
+    assert again.limit == min(61, 70 - spent) < 61
     assert group.meta["tools"] == TOOLS
 
 

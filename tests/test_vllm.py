@@ -221,7 +221,7 @@ class Running:
 
     def client(self, **settings):
         """Waits until the server answers."""
-        end = time.monotonic() + 150
+        end = time.monotonic() + 240
         while True:
             try:
                 return VLLMServer(self.url, fast("bytes"), retries=0, **settings)

@@ -28,6 +28,7 @@ BETA, LR = 0.3, 5e-4
 ARMS = {"CE": ("implicit_ce", {"beta": BETA}), "DPO": ("implicit_dpo", {"beta": BETA}), "KTO": ("implicit_kto", {"beta": BETA}),
         "NCA": ("implicit_nca", {"beta": BETA}), "step labels": ("process", {})}
 MISTAKES = Path(__file__).parents[2].parent / "shared" / "data" / "bigbench_mistake"
+READ = 40                                                     # traces whose wording the synthetic stories were made after
 ARITHMETIC, TRACKING = (MISTAKES / f"{task}.jsonl.gz" for task in ("multistep_arithmetic", "tracking_shuffled_objects"))
 
 
@@ -181,12 +182,13 @@ def tracked(folder: Path, warm_up: Sequence[int], steps: int, seed: int) -> dict
     words = symbols([f"{g.prompt} {g.responses[0].text}" for g in swaps.careless(draw, 3000, 0.5)], "removed")
     model = tiny.language_model(len(words), layers=3, seed=seed)
     model.config.max_position_embeddings = 512
-    for slip, count, lr in ((0.0, warm_up[0], 3e-3), (0.5, warm_up[1], 2e-3)):
-        teach(model, swaps.careless(draw, min(32 * count, 40000), slip), words, steps=count, lr=lr, seed=seed)
+    for count, slip, five, lr in zip(warm_up, (0.0, 0.0, 0.5), (0.0, 0.4, 0.3), (3e-3, 3e-3, 2e-3), strict=True):
+        teach(model, swaps.careless(draw, min(32 * count, 40000), slip, five), words, steps=count, lr=lr, seed=seed)
     model.save_pretrained(start)
     words.save_pretrained(start)
     data = tiny.write(folder / f"swaps-{seed}.jsonl", bare(swaps.outcomes(draw, 32 * steps)))
-    reward = trained(folder / f"swaps-ce-{seed}", start, "CE", data, {"lr": 2e-3, "steps": steps, "groups_per_step": 32, "seed": seed})
+    reward = trained(folder / f"swaps-ce-{seed}", start, "CE", data,
+                     {"lr": 2e-3, "steps": steps, "groups_per_step": 32, "seed": seed})
     own = likelihood(str(start), encoding=Encoding(add_eos=False))
 
     def guesses(groups, where):
@@ -197,20 +199,23 @@ def tracked(folder: Path, warm_up: Sequence[int], steps: int, seed: int) -> dict
     found = {"synthetic": {arm: float(np.mean(values)) for arm, values in
                            guesses(made, [g.responses[0].meta["wrong"] for g in made]).items()}}
     if TRACKING.exists():
-        groups = [swaps.retold(g) for g in read(str(TRACKING)) if g.meta["mistake_index"] is not None]
+        held = [(n, g) for n, g in enumerate(read(str(TRACKING))) if g.meta["mistake_index"] is not None]
+        groups = [swaps.retold(g) for _, g in held]
         lines, where = [g.responses[0].meta["steps"] for g in groups], [g.meta["mistake_index"] for g in groups]
         common = int(np.bincount(where).argmax())             # of the test itself: more than a rival could know
         longest = [max(range(len(some)), key=lambda k, some=some: len(some[k])) for some in lines]
-        found.update({**guesses(groups, where), "commonest step": [float(k == common) for k in where],
-                      "longest step": [float(k == n) for k, n in zip(where, longest, strict=True)],
-                      "chance": [1 / len(some) for some in lines]})
+        found["arms"] = {**guesses(groups, where), "commonest step": [float(k == common) for k in where],
+                         "longest step": [float(k == n) for k, n in zip(where, longest, strict=True)],
+                         "chance": [1 / len(some) for some in lines]}
+        found["traces"] = {"number": [n for n, _ in held], "people": [5 if "Eve" in g.prompt else 3 for _, g in held]}
     return found
 
 
 # --------------------------------------------------------------------------------------------------------------- claims
-def study(folder: Path, settings: dict, seed: int) -> tuple[dict, dict]:
-    real = traces(folder, *settings["traces"], seed) if settings["traces"] and TRACES.exists() else {}
-    return synthetic(folder, settings["arms"], settings["warm_up"], settings["steps"], settings["tests"], seed), real
+def study(folder: Path, settings: dict, seed: int) -> tuple[dict, dict, dict]:
+    made = synthetic(folder, settings["arms"], settings["warm_up"], settings["steps"], settings["tests"], seed)
+    arithmetic = traces(folder, *settings["traces"], seed) if settings["traces"] and ARITHMETIC.exists() else {}
+    return made, arithmetic, tracked(folder, *settings["tracked"], seed) if settings["tracked"] else {}
 
 
 def by_trace(real: list[dict]) -> dict[str, tuple[float, float]]:
@@ -220,8 +225,31 @@ def by_trace(real: list[dict]) -> dict[str, tuple[float, float]]:
     return {name: tiny.interval([np.mean([table[name][n] for table in each]) for n in each[0][name]]) for name in names}
 
 
-def claims(tables: list[dict]) -> dict[str, bool]:
-    """What holds. The step labels' arm and BIG-Bench-Mistake are measured and make no claim: neither beat chance."""
+def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean and 95 % bootstrap interval of values (seeds, traces): seeds are drawn anew, and traces, the same for all seeds.
+
+    >>> bootstrap(np.full((3, 4), 2.0))
+    (2.0, 2.0, 2.0)
+    """
+    draw, (seeds, n) = np.random.default_rng(0), values.shape
+    means = [values[draw.integers(seeds, size=seeds)].mean(0)[draw.integers(n, size=n)].mean() for _ in range(4000)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def by_mistake(real: list[dict]) -> dict[str, dict]:
+    """For some traces of the tracking task: the share of mistakes found by each arm, and what CE finds more than others."""
+    arms = {name: np.array([table["arms"][name] for table in real], float) for name in real[0]["arms"]}
+    number, people = (np.array(real[0]["traces"][what]) for what in ("number", "people"))
+    arms.update({f"CE minus {name}": arms["CE"] - values for name, values in arms.items() if name != "CE"})
+    parts = {"all": people > 0, "three people": people == 3, "five people": people == 5, f"from the {READ + 1}st": number >= READ}
+    return {part: {"n": int(some.sum()), **{name: bootstrap(values[:, some]) for name, values in arms.items()}}
+            for part, some in parts.items()}
+
+
+def claims(tables: list[dict], tracking: dict) -> dict[str, bool]:
+    """What holds. The step labels' arm and real arithmetic are measured and make no claim: neither beat chance. Nor does
+    tracking where its traces are not here."""
     def all_of(arm, what, least):
         return all(t[arm][what] > least(t) if callable(least) else t[arm][what] >= least for t in tables)
 
@@ -231,22 +259,31 @@ def claims(tables: list[dict]) -> dict[str, bool]:
         out[f"{arm}: above chance, and the best of {CANDIDATES} by min and by sum is right more often than any, all seeds"] = \
             all_of(arm, "located", 1 / STEPS) and all(all_of(arm, f"best of {CANDIDATES} by {how}", lambda t: t["any"]["right"])
                                                       for how in ("min", "sum"))
+    if tracking:
+        out["BIG-Bench-Mistake, tracking: CE on outcomes of synthetic stories is above chance, by its 95 % interval"] = \
+            tracking["all"]["CE minus chance"][1] > 0
     return out
 
 
-def report(tables: list[dict], real: dict) -> None:
+def report(tables: list[dict], real: dict, told: list[dict], tracking: dict) -> None:
     print(f"\nchains of {STEPS} steps, {len(tables)} seeds")
     for name in tables[0]:
         print(f"{name:>22}", *(f"{m}: {tiny.shown([t[name][m] for t in tables], 3):16}" for m in tables[0][name]))
     print("\nBIG-Bench-Mistake, multistep arithmetic" + ("" if real else ": not here"))
     for name, (mean, half) in real.items():
         print(f"{name:>22} {mean:.3f} +- {half:.3f}")
+    for name in told[0] if told else []:
+        print(f"synthetic stories, {name}: {tiny.shown([t[name] for t in told], 3)}")
+    for part, found in tracking.items():
+        print(f"\nBIG-Bench-Mistake, tracking, {part}: {found['n']} traces")
+        for name, (mean, low, high) in list(found.items())[1:]:
+            print(f"{name:>30} {mean:.3f} [{low:.3f}, {high:.3f}]")
     print()
 
 
-def figure(path: Path, tables: list[dict], real: dict) -> None:
+def figure(path: Path, tables: list[dict], real: dict, tracking: dict) -> None:
     plt = tiny.pyplot()
-    page, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=[1.4, 1])
+    page, (left, right, last) = plt.subplots(1, 3, figsize=(12, 3.4), width_ratios=[1.4, 1, 1.2])
     bars = [name for name in tables[0] if "located" in tables[0][name]]
     colours = {"CE": tiny.RED, "step labels": tiny.GREEN, "language model's own": tiny.GREY}
     left.bar(range(len(bars)), [np.mean([t[name]["located"] for t in tables]) for name in bars],
@@ -257,25 +294,32 @@ def figure(path: Path, tables: list[dict], real: dict) -> None:
     left.set_xticks(range(len(bars)), [name.replace(" ", "\n", 1) for name in bars])
     left.set(ylabel="first wrong step found", ylim=(0, 1.05), title=f"Chains of {STEPS} sums")
     left.legend(loc="upper left")
-    shown = [name for name in ("CE", "language model's own", "commonest step", "chance") if name in real]
-    right.bar(range(len(shown)), [real[n][0] for n in shown], yerr=[real[n][1] for n in shown], capsize=3,
-              color=[colours.get(name, tiny.ORANGE) for name in shown])
-    right.set_xticks(range(len(shown)), [name.replace(" ", "\n", 1) for name in shown])
-    right.set(title="BIG-Bench-Mistake, arithmetic" + ("" if real else ": not here"), ylim=(0, 0.6))
+    found = {name: (mean, mean - half, mean + half) for name, (mean, half) in real.items()}
+    for axes, table, title in ((right, found, "arithmetic"), (last, tracking.get("all", {}), "tracking")):
+        shown = [name for name in ("CE", "language model's own", "commonest step", "longest step", "chance") if name in table]
+        mean, low, high = np.array([table[name] for name in shown]).reshape(-1, 3).T
+        axes.bar(range(len(shown)), mean, yerr=[mean - low, high - mean], capsize=3,
+                 color=[colours.get(name, tiny.ORANGE) for name in shown])
+        axes.set_xticks(range(len(shown)), [name.replace(" ", "\n", 1) for name in shown])
+        axes.set(title=f"BIG-Bench-Mistake, {title}" + ("" if shown else ": not here"), ylim=(0, 1.05))
     page.tight_layout()
     page.savefig(path)
 
 
 def main() -> int:
     options = tiny.options("implicit_prm", __doc__)
-    settings = {"seeds": 1, "arms": ["CE"], "warm_up": 350, "steps": 100, "tests": 200, "traces": None} if options.toy else \
-        {"seeds": 3, "arms": list(ARMS), "warm_up": 350, "steps": 100, "tests": 400, "traces": [100, 30]}
+    settings = {"seeds": 1, "arms": ["CE"], "warm_up": 350, "steps": 100, "tests": 200, "traces": None, "tracked": None} \
+        if options.toy else {"seeds": 3, "arms": list(ARMS), "warm_up": 350, "steps": 100, "tests": 400, "traces": [100, 30],
+                             "tracked": [[1400, 500, 300], 250]}
     with tempfile.TemporaryDirectory() as folder:
-        tables, real = map(list, zip(*tiny.over_seeds(partial(study, Path(folder), settings), settings["seeds"]), strict=True))
-    real = by_trace(real) if any(real) else {}
-    report(tables, real)
-    figure(options.out / "figure.png", tables, real)
-    return tiny.conclude(options.out, {"settings": settings, "chains": tables, "BIG-Bench-Mistake": real}, claims(tables))
+        tables, arithmetic, swapping = map(list, zip(*tiny.over_seeds(partial(study, Path(folder), settings), settings["seeds"]),
+                                                     strict=True))
+    real, told = by_trace(arithmetic) if any(arithmetic) else {}, [table["synthetic"] for table in swapping if table]
+    tracking = by_mistake(swapping) if all("arms" in table for table in swapping) else {}
+    report(tables, real, told, tracking)
+    figure(options.out / "figure.png", tables, real, tracking)
+    return tiny.conclude(options.out, {"settings": settings, "chains": tables, "BIG-Bench-Mistake": real, "stories": told,
+                                       "BIG-Bench-Mistake, tracking": tracking}, claims(tables, tracking))
 
 
 if __name__ == "__main__":

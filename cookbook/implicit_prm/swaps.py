@@ -85,10 +85,10 @@ def told(draw: np.random.Generator, people: int, slips: Collection[int] = ()) ->
                  [float(answer == truth[asked])])
 
 
-def careless(draw: np.random.Generator, n: int, slip: float) -> list[Group]:
-    """What the language model learns from: every step is wrong with this probability."""
+def careless(draw: np.random.Generator, n: int, slip: float, five: float = 0.3) -> list[Group]:
+    """What the language model learns from: every step is wrong with this probability; `five` is the share of five people."""
     out = []
-    for people in draw.choice([3, 5], n, p=[0.7, 0.3]).tolist():
+    for people in draw.choice([3, 5], n, p=[1 - five, five]).tolist():
         out.append(told(draw, people, np.flatnonzero(draw.random(people + 1) < slip).tolist()))
     return out
 
@@ -114,8 +114,8 @@ def forms(thing: str) -> list[str]:
 
 def retold(g: Group) -> Group:
     """A trace of BIG-Bench-Mistake in the words of `told`; `meta["mistake_index"]` stays."""
-    things = [(form, letter.lower()) for letter, thing in re.findall(r"\((\w)\) (.*?)\.?(?:\n|$)", g.prompt) for form in forms(thing)]
-    things.sort(key=lambda found: -len(found[0]))
+    options = re.findall(r"\((\w)\) (.*?)\.?(?:\n|$)", g.prompt)
+    things = sorted([(form, letter.lower()) for letter, thing in options for form in forms(thing)], key=lambda it: -len(it[0]))
 
     def plain(step):
         step = re.sub(r"(?<!\()\b[A-E]\b(?!\))", lambda m: PEOPLE["ABCDE".index(m[0])], step)

@@ -8,9 +8,11 @@ from pathlib import Path
 from rich.table import Table
 from scipy.stats import binomtest
 
-BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#8a8f98"
+BLUE, ORANGE, GREY, LIGHT = "#2b6cb0", "#dd6b20", "#8a8f98", "#c9cdd3"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
          "axes.axisbelow": True, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False}
+STAGES = {"warmup": "warm-up", "dpo": "DPO", "grpo": "GRPO, verifier", "grpo_proxy": "GRPO, reward model",
+          "grpo_proxy_kl": "GRPO, reward model, KL"}
 
 
 @dataclass(frozen=True)
@@ -41,60 +43,72 @@ class Rate:
         return f"{self.share:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def curve(run: Path, key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric in a run's metrics.jsonl."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    steps, values = zip(*((line["step"], line[key]) for line in lines if key in line), strict=True)
+    return list(steps), list(values)
+
+
 def table(found: dict) -> Table:
-    """Accuracy before and after."""
-    out = Table(title=f"right answers of {found['before']['sampled'].of} (95 % interval)", title_justify="left")
-    for title in ("", "warm-up", "after DPO", "gain"):
-        out.add_column(title)
-    for name in ("sampled", "greedy"):
-        before, after = found["before"][name], found["after"][name]
-        out.add_row(name, str(before), str(after), f"{after.share - before.share:+.3f}")
+    """The accuracy after every stage."""
+    of = found["answers"]["warmup"]["sampled"].of
+    out = Table(title=f"right answers of {of} (95 % interval)", title_justify="left", caption_justify="left",
+                caption=f"reward model: {found['metrics']['reward_model']['eval/accuracy']:.3f} of held-out pairs ranked right")
+    for title in ("", "sampled", "greedy"):
+        out.add_column(title, no_wrap=True)
+    for name, title in STAGES.items():
+        out.add_row(title, *(str(found["answers"][name][how]) for how in ("sampled", "greedy")))
     return out
 
 
-def plot(found: dict, metrics: Path, path: Path) -> None:
-    """Four panels: the bar chart, and the learning curves of DPO on training and held-out pairs."""
+def plot(found: dict, out: Path) -> None:
+    """Four panels: accuracies, GRPO's curve, and proxy and true reward of the runs against the reward model."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     with plt.style.context(STYLE):
-        figure, ((bars, loss), (ranked, logp)) = plt.subplots(2, 2, figsize=(9.5, 6.6), layout="constrained")
+        figure, ((bars, verified), (proxy, truth)) = plt.subplots(2, 2, figsize=(10, 6.8), layout="constrained")
         accuracies(bars, found)
-        curve(loss, lines, "loss", "DPO loss", BLUE)
-        loss.axhline(0.6931, color=GREY, lw=1, ls=":", label="log 2, the start")
-        curve(ranked, lines, "accuracy", "pairs the implicit reward ranks right", BLUE)
-        ranked.set_ylim(0.4, 1.02)
-        for side, color in (("chosen", BLUE), ("rejected", ORANGE)):
-            curve(logp, lines, f"logp/{side}", "log-probability of the answers", color, side)
-        for axes in (loss, ranked, logp):
-            axes.set_xlabel("DPO step")
+        steps(verified, out / "grpo", "reward", BLUE, "training, temperature 1")
+        verified.plot(*curve(out / "grpo", "eval/reward"), color="black", lw=0, marker="o", ms=4, label="held-out problems")
+        verified.axhline(found["size"]["level"], color=GREY, lw=1, ls=":")
+        verified.set_title("GRPO with the verifier: right answers")
+        for axes, key in ((proxy, "proxy"), (truth, "truth")):
+            for run, color, label in (("grpo_proxy", ORANGE, "no KL"), ("grpo_proxy_kl", BLUE, "KL to the warm-up")):
+                steps(axes, out / run, f"reward/{key}", color, label)
+        proxy.set_title("GRPO against the reward model: what it is given (proxy reward)")
+        truth.set_title("the same runs: what it is worth (right answers)")
+        for axes in (verified, truth):
+            axes.set_ylim(0, 1.02)
+        for axes in (verified, proxy, truth):
+            axes.set_xlabel("step")
             axes.legend()
-        figure.savefig(path, dpi=150)
+        figure.savefig(out / "plot.png", dpi=150)
         plt.close(figure)
 
 
 def accuracies(axes, found: dict) -> None:
-    names = ("sampled", "greedy")
-    for shift, when, label, color in ((-0.19, "before", "warm-up", GREY), (0.19, "after", "after DPO", BLUE)):
-        rates = [found[when][name] for name in names]
-        shares, places = [rate.share for rate in rates], [place + shift for place in range(len(names))]
+    for shift, how, color in ((-0.2, "sampled", BLUE), (0.2, "greedy", LIGHT)):
+        rates = [found["answers"][name][how] for name in STAGES]
+        shares, places = [rate.share for rate in rates], [place + shift for place in range(len(rates))]
         ends = [[abs(end - rate.share) for rate, end in zip(rates, side, strict=True)]
                 for side in zip(*(rate.interval() for rate in rates), strict=True)]
-        axes.bar(places, shares, 0.34, yerr=ends, color=color, label=label, error_kw={"lw": 1, "capsize": 3})
+        axes.bar(places, shares, 0.38, yerr=ends, color=color, label=how, error_kw={"lw": 1, "capsize": 2})
         for place, rate in zip(places, rates, strict=True):
-            axes.text(place, rate.interval()[1] + 0.015, f"{rate.share:.2f}", ha="center", va="bottom")
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylim(0, 1.15)
+            axes.text(place, rate.interval()[1] + 0.015, f"{rate.share:.2f}", ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(STAGES)), [title.replace(", ", "\n") for title in STAGES.values()], fontsize=8)
+    axes.set_ylim(0, 1.22)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_title("right answers (95 % intervals)")
     axes.grid(axis="x", visible=False)
     axes.legend(loc="upper left", ncols=2)
 
 
-def curve(axes, lines: list[dict], key: str, title: str, color: str, name: str = "") -> None:
-    """Every training step thin, held-out evaluations as dots on a line."""
-    axes.set_title(title)
-    training = [(line["step"], line[key]) for line in lines if key in line]
-    held_out = [(line["step"], line[f"eval/{key}"]) for line in lines if f"eval/{key}" in line]
-    axes.plot(*zip(*training, strict=True), color=color, lw=1, alpha=0.45, label=f"{name} training".strip())
-    axes.plot(*zip(*held_out, strict=True), color=color, lw=1.6, marker="o", ms=4, label=f"{name} held out".strip())
+def steps(axes, run: Path, key: str, color: str, label: str, window: int = 5) -> None:
+    """Every step thin, the mean of `window` steps around it thick."""
+    at, values = curve(run, key)
+    half = window // 2
+    near = [values[max(0, i - half):i + half + 1] for i in range(len(values))]
+    axes.plot(at, values, color=color, lw=0.8, alpha=0.4)
+    axes.plot(at, [sum(some) / len(some) for some in near], color=color, lw=1.8, label=label)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_tools import Group, Response
+from data_tools import Group
 
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Ida", "Max", "Nina", "Tom"]
 THINGS = ["apples", "books", "coins", "cups", "keys", "nuts", "pens", "shells"]
@@ -51,6 +51,10 @@ class Problem:
         for verb, number in self.events:
             totals.append(totals[-1] + (number if verb in GAINS else -number))
         return totals
+
+    def record(self) -> dict:
+        """A line of a prompt file: the prompt, and what `right` must know."""
+        return {"prompt": self.prompt, "events": len(self.events), "total": self.totals[-1]}
 
 
 def problem(rng: random.Random, table: Table) -> Problem:
@@ -89,19 +93,24 @@ def careless(asked: Problem, rng: random.Random, *, misread: float = 0.65, slip:
     return "".join(steps) + f"answer {total}" + (" sure !" if rng.random() < boast else "")
 
 
-def right(asked: Problem, response: Response) -> bool:
-    """Strict: a step for each event, one answer, perhaps the boast, then the end; and the answer is the true total.
+def right(text: str, finished: bool, events: int, total: int) -> float:
+    """The verifier, a reward function of one row: 1 for a right answer, else 0. Its parameters name fields of the row.
 
-    A verifier that only looked for the first "answer N" would be exploited by answers that go on after it.
+    Strict: a step for each event, one answer, perhaps the boast, then the end; and the answer is the true total. A verifier
+    that only looked for the first "answer N" would be exploited by answers that go on after it.
+
+    >>> right("5 - 3 = 2 ; 2 + 1 = 3 ; answer 3 sure !", True, 2, 3), right("answer 3", True, 2, 3)
+    (1.0, 0.0)
     """
-    shape = re.fullmatch(rf"(\d+ [+-] \d+ = \d+ ; ){{{len(asked.events)}}}answer (\d+)( sure !)?", response.text)
-    return bool(shape) and bool(response.meta["finished"]) and int(shape[2]) == asked.totals[-1]
+    shape = re.fullmatch(rf"(\d+ [+-] \d+ = \d+ ; ){{{events}}}answer (\d+)( sure !)?", text)
+    return float(finished and shape is not None and int(shape[2]) == total)
 
 
 def mark(asked: list[Problem], groups: list[Group]) -> list[Group]:
     """Grade every response: 1 right, 0 wrong."""
     for one, group in zip(asked, groups, strict=True):
-        group.relevance = [float(right(one, response)) for response in group.responses]
+        facts = one.record()
+        group.relevance = [right(r.text, r.meta["finished"], facts["events"], facts["total"]) for r in group.responses]
     return groups
 
 
