@@ -60,7 +60,7 @@ class Grouped(Mapping):
             if key not in ("real", "probe", "wins", "labels", "unit"):
                 value = self.batch.grouped(value)[0]
             if key == self.label:
-                value = torch.where(self["real"] | self["probe"], value.nan_to_num(nan=0.0), 0.0)
+                value = torch.where(self["real"] | self["probe"], value, 0.0)
             if key == "wins":
                 real, others = self["real"], ~torch.eye(value.shape[-1], dtype=torch.bool, device=value.device)
                 value = torch.where(real[:, :, None] & real[:, None, :] & others, value, torch.nan)

@@ -151,6 +151,7 @@ class PolicyObjective:
         exact = upcast(next((batch[c] for c in ("logp_old", "logp") if c in batch), batch["reward"])).dtype
         known: dict[str, Tensor] = {}
         groups = self.groups(batch, known)                    # nothing is made of rewards before they have their shape
+        finite("reward", groups["reward"])
         out: dict[str, Tensor] = {}
         if self.keep is not None:
             kept = bind(self.keep, groups).bool()

@@ -321,7 +321,8 @@ def kill(worker: tuple) -> None:
 # ----------------------------------------------------------------------------------------------------------------- files
 def score_file(source, rewards: Mapping[str, Callable] | Sequence[Callable], out, *, cache=None, on_error: str = "raise",
                step: int = 256, progress: bool = False, format: str | None = None, limit: int | None = None) -> dict:
-    """Score a file of groups into another, step by step, and count: {"groups", "responses", "scored", "unscored", "reasons"}.
+    """Score a file of groups into another, step by step, and count: {"groups", "responses", "scored", "unscored", "reasons",
+    "scores"}; the last holds mean, least and largest score of each reward.
 
     source      what `data_tools.load` takes
     rewards     {name: reward, function or comparison}, or a list of them
@@ -335,7 +336,7 @@ def score_file(source, rewards: Mapping[str, Callable] | Sequence[Callable], out
     named = rewards if isinstance(rewards, Mapping) else {as_reward(r).name: r for r in rewards}
     path = Path(cache) if cache else Path(out).with_name(f".{Path(out).name}.scores")
     store = Store(path)
-    counts = {"groups": 0, "responses": 0, "scored": Counter(), "unscored": Counter(), "reasons": {}}
+    counts = {"groups": 0, "responses": 0, "scored": Counter(), "unscored": Counter(), "reasons": {}, "scores": {}}
     try:
         remembering = {name: cached(thing, store, name) for name, thing in named.items()}
         dump(scored(load(source, format=format, limit=limit), remembering, counts, on_error, step, progress), out)
@@ -365,7 +366,10 @@ def count(response: Response, rewards: Mapping[str, Callable], counts: dict) -> 
     reasons = response.meta.get("unscored", {})
     for name in rewards:
         if name in response.scores:
+            value, known = response.scores[name], counts["scores"].get(name)
             counts["scored"][name] += 1
+            mean, least, most = known or (0.0, value, value)
+            counts["scores"][name] = mean + (value - mean) / counts["scored"][name], min(least, value), max(most, value)
         else:
             counts["unscored"][name] += 1
             shown = counts["reasons"].setdefault(name, [])

@@ -118,7 +118,8 @@ def score(
                         progress=sys.stderr.isatty())
     console.print(f"{counts['groups']:,} groups with {counts['responses']:,} responses written to {out}", soft_wrap=True)
     for name in found:
-        console.print(f"{name}: {counts['scored'].get(name, 0):,} scored, {counts['unscored'].get(name, 0):,} not")
+        mean = "; mean {:.4g}, from {:.4g} to {:.4g}".format(*counts["scores"][name]) if name in counts["scores"] else ""
+        console.print(f"{name}: {counts['scored'].get(name, 0):,} scored, {counts['unscored'].get(name, 0):,} not{mean}")
         for reason in counts["reasons"].get(name, []):
             stderr.print(Text("not scored: ", style="yellow").append(reason, style="default"))
     raise typer.Exit(1 if sum(counts["unscored"].values()) else 0)
@@ -197,28 +198,39 @@ def tokens(
     model: Annotated[str, argument("MODEL", "The folder of an implicit or process reward model.")],
     source: Annotated[str, argument("IN", "A file, glob, folder or hub id with responses.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("tokens.html"),
+    steps: Annotated[str | None, typer.Option(metavar="newline|blank_line|sentence", help="Colour whole steps, which end "
+                                                                                         "there.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Show this many groups.")] = 10,
     format: Format = None,
 ):
-    """Show what each token of a response is worth: a page that colours them by their reward.
+    """Show what each token or step of a response is worth: a page that colours them by their reward.
 
     Of an implicit reward model a token's reward is its log-ratio to the reference, beta log(pi / pi_ref), and 0 is neutral; of
-    a process reward model it is the probability that the steps so far are right, and 1/2 is neutral.
+    a process reward model it is the probability that the steps so far are right, and 1/2 is neutral. A step's reward is the
+    sum of its tokens' of an implicit model, and that of its last token of a process model.
 
-    Example:
+    Examples:
 
         prefopt reward tokens runs/implicit held_out.jsonl -o tokens.html --limit 20
+        prefopt reward tokens runs/prm held_out.jsonl --steps newline
     """
     from data_tools import load
-    from rewards import tokens_page, trained
+    from data_tools.columns import nearest
+    from rewards import implicit, tokens_page, trained
     from rewards.base import rows_of
     reward = trained.load(model)
     if not isinstance(reward, trained.TrainedReward):
         raise ValueError(f"{model} compares responses and grades none: tokens have no rewards of their own")
     rows = rows_of(list(load(source, format=format, limit=limit)))
-    records = [{"prompt": row.prompt, "tokens": words, "rewards": values, "title": row.place}
-               for row, (words, values) in zip(rows, reward.tokens_of(rows), strict=True)]
     process = "token_reward" in reward.objective.reads()
+    if steps and steps not in implicit.SPLITTERS:
+        raise ValueError(f"--steps: steps end at {', '.join(implicit.SPLITTERS)}, found {steps!r}"
+                         f"{nearest(steps, implicit.SPLITTERS)}")
+    records = []
+    for row, (words, values) in zip(rows, reward.tokens_of(rows), strict=True):
+        shown = {"steps": implicit.steps_of(words, values, implicit.SPLITTERS[steps], last=process)} if steps else \
+            {"rewards": values}
+        records.append({"prompt": row.prompt, "tokens": words, "title": row.place, **shown})
     out.write_text(tokens_page.render(records, title=f"Rewards by token: {reward.name}", centre=0.5 if process else 0.0),
                    encoding="utf-8", errors="replace")
     console.print(f"{len(records)} responses in {out}", soft_wrap=True)

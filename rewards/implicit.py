@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -98,6 +99,7 @@ def regex(pattern: str) -> Splitter:
 
 
 newline, blank_line, sentence = regex(r"\n"), regex(r"\n\s*\n"), regex(r"[.!?](?:\s+|$)")
+SPLITTERS = {"newline": newline, "blank_line": blank_line, "sentence": sentence}
 
 
 def step_ends(text: str, splitter: Splitter, spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -110,6 +112,18 @@ def step_ends(text: str, splitter: Splitter, spans: Sequence[tuple[int, int]]) -
     """
     starts = [start for start, _ in spans]
     return list(dict.fromkeys(n for n in (sum(s < end for s in starts) for end in splitter(text)) if n))
+
+
+def steps_of(words: Sequence[str], rewards: Sequence[float], splitter: Splitter, *, last: bool = False) -> list[dict]:
+    """Steps of a response given as the texts of its tokens, with the sum of their tokens' rewards, or that of the last one.
+
+    >>> steps_of(["a ", "b\n", "c"], [1.0, 2.0, 4.0], newline)
+    [{'start': 0, 'end': 2, 'reward': 3.0}, {'start': 2, 'end': 3, 'reward': 4.0}]
+    """
+    places = list(accumulate(map(len, words), initial=0))
+    ends = step_ends("".join(words), splitter, list(pairwise(places)))
+    return [{"start": a, "end": b, "reward": float(rewards[b - 1] if last else sum(rewards[a:b]))}
+            for a, b in pairwise([0, *ends])]
 
 
 # ------------------------------------------------------------------------------------------------- aggregation

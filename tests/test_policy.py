@@ -10,7 +10,7 @@ from columns_for_tests import NAN, ON_POLICY, SETTINGS, close, f64, objective_fo
 from torch import Tensor
 
 from data_tools import Batch
-from prefopt import diagnose, online, recipes
+from prefopt import penalties, recipes, reductions
 from prefopt.config import assemble
 from prefopt.policy import Penalty
 
@@ -99,6 +99,8 @@ def bnpo(l, i, most):
     if len(l.rewards(i)) == 1:
         return 0.0
     p, m, v = mean(l.rewards(i)) / most, mean(accuracy), statistics.variance(accuracy)
+    if p in (0, 1):
+        return 0.0
     k = m * (1 - m) / v - 1
     return (l.R[i] / most - p) / beta_density(p, max(1, 1 + k * m / 3), max(1, 1 + k * (1 - m) / 3))
 
@@ -428,3 +430,324 @@ def test_value_gradient_and_advantage(name, key):
     for got, wanted in zip(found, gradients(expected, theirs), strict=True):
         close(got, wanted)
     assert found[0].any() and bool(found[1].any()) == (METHODS[name].value is not None)
+
+
+# ------------------------------------------------------------------------------------------------------ steps and pieces
+def rows_alone(batch: Batch) -> list[Batch]:
+    return [Batch({k: v[[i]] for k, v in batch.items()}) for i in range(batch.N)]
+
+
+@EVERY
+def test_single_rows_add_up(name):
+    """Value, gradients and every metric of the step are the sums of those of its rows."""
+    columns = rollouts()
+    expected = outcome(objective_for(name), columns)
+    found = outcome(objective_for(name), columns, rows_alone)
+    close(found[0], expected[0])
+    for key, gradient in expected[1].items():
+        close(found[1][key], gradient)
+    objective = objective_for(name)
+    batch = objective.annotate(Batch(columns))
+    whole, parts = objective.loss(batch).metrics, [objective.loss(row).metrics for row in rows_alone(batch)]
+    assert {"loss/surrogate", "ratio/mean", "kl/old", "entropy", "advantage/size", "gap/rollout"} <= set(whole)
+    for key, value in whole.items():
+        close(sum(part[key] for part in parts), value)
+
+
+@EVERY
+def test_several_updates_of_one_rollout(name):
+    """Advantages are those of the whole rollout, reductions and selections those of an update, and memory is asked once."""
+    columns = rollouts()
+    objective = objective_for(name)
+    batch = objective.estimate(Batch(columns))
+    states = {key: part.state_dict() for key, part in objective.states().items()}
+    again = objective.estimate(batch)
+    assert again is batch
+    everyone = Batch(columns).index
+    for groups in ([0, 3, 4], [1, 2, 5, 6]):
+        rows = torch.isin(everyone, torch.tensor(groups)).nonzero().squeeze(1)
+        changed, other = leaves(columns), leaves(columns)
+        part = batch.select(rows).with_columns(logp=changed["logp"][rows], value=changed["value"][rows])
+        value = objective.loss(objective.annotate(part)).value
+        expected, _ = by_hand(name, other, rows.tolist())
+        close(value, expected)
+        for got, wanted in zip(gradients(value, changed), gradients(expected, other), strict=True):
+            close(got, wanted)
+    assert {key: part.state_dict() for key, part in objective.states().items()} == states
+
+
+def test_a_controller_goes_on_from_rollout_to_rollout():
+    """The coefficient of a rollout is that of the KL before it: coef (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)."""
+    objective, columns = recipes.ppo_adaptive(start=0.3, target=0.01, horizon=50), rollouts()
+    first, second = (objective.estimate(Batch(columns))["coefficient"] for _ in range(2))
+    l = Loop(columns)
+    kl = mean(l.ratio_sum("logp_old", "logp_ref", i) for i in l.everyone())
+    close(first, torch.full_like(first, 0.3))
+    factor = 1 + min(max(kl / 0.01 - 1, -0.2), 0.2) * len(l.everyone()) / 50
+    close(second, torch.full_like(second, 0.3 * factor))
+    assert abs(factor - 1) > 0.01
+
+
+# ------------------------------------------------------------------------------------------------ rows that take no part
+@EVERY
+def test_rows_without_a_reward_are_as_good_as_absent(name):
+    """Neither in statistics nor in the loss nor in denominators, whatever their tokens are."""
+    columns = rollouts()
+    known = ~columns["reward"].isnan()
+    for key in ("logp", "logp_old", "logp_ref", "logp_rollout", "value", "value_old"):
+        columns[key][~known & columns["train"]] += 0.7
+    expected = outcome(objective_for(name), {k: v[known | ~columns["train"]] for k, v in columns.items()})
+    found = outcome(objective_for(name), columns)
+    close(found[0], expected[0])
+    for key, gradient in found[1].items():
+        assert not gradient[~known].any()
+        close(gradient[known | ~columns["train"]], expected[1][key])
+
+
+@EVERY
+def test_probe_rows_do_not_train(name):
+    """And but for ReMax nothing changes without them."""
+    columns = rollouts()
+    value, gradients = outcome(objective_for(name), columns)
+    assert not any(g[~columns["train"]].any() for g in gradients.values())
+    if name == "remax":
+        return
+    expected = outcome(objective_for(name), take(columns, columns["train"]))
+    close(value, expected[0])
+    for key, gradient in gradients.items():
+        close(gradient[columns["train"]], expected[1][key])
+
+
+@EVERY
+def test_groups_that_are_dropped_are_as_good_as_absent(name):
+    columns = rollouts()
+    l = Loop(columns)
+    kept = torch.tensor([contrast(l, l.groups[g]) for g in l.group])
+    objective = lambda: assemble(name, {**SETTINGS[name], "keep": "contrast"} if name in SETTINGS else {"keep": "contrast"})
+    value, gradients = outcome(objective(), columns)
+    expected = outcome(objective_for(name), take(columns, kept))
+    close(value, expected[0])
+    for key, gradient in gradients.items():
+        assert not gradient[~kept].any()
+        close(gradient[kept], expected[1][key])
+    batch = objective().estimate(Batch(columns))
+    assert torch.equal(batch["train"], columns["train"] & kept) and 0 < int((~kept).sum()) < batch.N
+
+
+COMPARED = sorted(set(ON_POLICY) - {"best_of_n", "rejection", "reinforce", "reinforce_plus_plus", "ppo", "ppo_adaptive",
+                                    "remax", "fdpg", "grpo_process", "reinforce_plus_plus_baseline", "kl_cov"})
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_equal_rewards_and_single_responses_teach_nothing(name):
+    """Nothing at all: not rounding in units of eps."""
+    columns = rollouts(rewards=[[0.1] * 7, [1 / 3] * 3, [0.7]], probes=[[0.5]] * 3)
+    settings = {k: v for k, v in SETTINGS.get(name, {}).items() if k != "beta"}
+    batch = assemble(name, settings).annotate(Batch(leaves(columns)))
+    assert not batch["advantage"].any()
+    assert not torch.autograd.grad(assemble(name, settings).loss(batch).value, batch["logp"])[0].any()
+
+
+def test_a_prompt_whose_greedy_response_has_no_reward_takes_no_part():
+    """In ReMax; a prompt that was sampled without a greedy response is an error."""
+    columns = rollouts(rewards=[[0.2, 0.9], [1.0, 0.0]], probes=[[NAN], [0.5]])
+    advantage = recipes.remax().estimate(Batch(columns))["advantage"]
+    blind = Loop(columns)
+    without = torch.tensor([not blind.probes[g] for g in blind.group])
+    assert not advantage[without].any() and advantage[~without & columns["train"]].any()
+    with pytest.raises(ValueError, match="1 of 2 groups have no probe row, from which the advantage takes its baseline"):
+        recipes.remax().estimate(Batch(rollouts(rewards=[[0.2, 0.9], [1.0, 0.0]], probes=[[], [0.5]])))
+    with pytest.raises(ValueError, match="2 of 2 groups have no probe row"):
+        recipes.remax().estimate(Batch({k: v for k, v in columns.items() if k != "train"}))
+
+
+@EVERY
+def test_nothing_to_learn_from(name):
+    """No reward known, no token, no row: a loss of 0 with gradients of 0."""
+    unknown, empty = rollouts(), rollouts()
+    unknown["reward"][:] = NAN
+    empty["mask"][:] = False
+    for columns, width in ((unknown, None), (empty, None), (take(rollouts(), torch.tensor([], dtype=torch.long)), 4)):
+        value, found = outcome(objective_for(name), columns, width=width)
+        assert float(value) == 0 and not any(g.any() for g in found.values())
+
+
+# ---------------------------------------------------------------------------------------------------------- the contract
+def test_the_public_contract():
+    """Two of three responses right: advantages (1/3, 1/3, -2/3) / (sqrt(1/3) + 1e-6)."""
+    logp = f64([[-1.0, -2.0], [-2.0, 0.0], [-1.5, -1.0]]).requires_grad_()
+    objective = recipes.grpo(low=0.2, high=0.2)
+    batch = objective.annotate(Batch(dict(
+        logp=logp, logp_old=f64([[-1.5, -2.0], [-1.0, 9.0], [-1.0, -2.0]]), mask=torch.tensor([[1, 1], [1, 0], [1, 1]]),
+        group=torch.tensor([7, 7, 7]), reward=torch.tensor([1.0, 1.0, 0.0]))))
+    up, down = (x / (math.sqrt(1 / 3) + 1e-6) for x in (1 / 3, -2 / 3))
+    close(batch["advantage"], f64([[up, up], [up, 0.0], [down, down]]), 1e-14)
+    loss = objective.loss(batch).value
+    loss.backward()
+    # exp(0.5) is clipped at 1.2; exp(-1) < 0.8 at a good token and exp(1) > 1.2 at a bad one still count, exp(-0.5) does not
+    close(loss, f64(-(up * (1.2 + 1) / 2 + up * math.exp(-1) + down * (0.8 + math.e) / 2) / 3), 1e-14)
+    close(logp.grad, -f64([[0.0, up / 2], [up * math.exp(-1), 0.0], [0.0, down * math.e / 2]]) / 3, 1e-14)
+
+
+@EVERY
+def test_advantages_of_ones_own(name):
+    """Given ones are taken, for rows with or without a reward; with what the critic learns beside them."""
+    columns = rollouts()
+    batch = objective_for(name).estimate(Batch(columns))
+    made = {k: batch[k] for k in ("advantage", "returns", "coefficient", "train") if k in batch}
+    close(outcome(objective_for(name), {**columns, **made})[0], outcome(objective_for(name), columns)[0])
+    twice = {**columns, **made, "advantage": 2 * made["advantage"]}
+    assert torch.equal(objective_for(name).annotate(Batch(twice))["advantage"], twice["advantage"])
+    trained = take({**columns, **made}, made.get("train", columns["train"]) & ~columns["reward"].isnan())
+    unrewarded = {k: v for k, v in trained.items() if k not in ("reward", "train")}
+    close(outcome(objective_for(name), unrewarded)[0], outcome(objective_for(name), columns)[0])
+
+
+@EVERY
+def test_rewards_of_any_type(name):
+    """Numbers, whole numbers and truth values are the same rewards; float32 log-probabilities stay float32."""
+    columns = rollouts(**CASES["binary"])
+    expected = outcome(objective_for(name), columns)[0]
+    for dtype in (torch.float32, torch.float16, torch.long, torch.bool):
+        close(outcome(objective_for(name), {**columns, "reward": columns["reward"].to(dtype)})[0], expected)
+    small = {k: v.float() if v.is_floating_point() else v for k, v in columns.items()}
+    batch = objective_for(name).estimate(Batch(small))
+    assert {v.dtype for k, v in batch.items() if v.is_floating_point()} == {torch.float32}
+
+
+def test_order_of_the_slots():
+    """keep sees rewards before shaping, the advantage those after it; neither shaping nor keep sees what is made of them."""
+    columns = rollouts(rewards=[[1.0, 1.0, 1.0], [1.0, 0.0, 0.5]], probes=[[], []])
+    seen = {}
+
+    def keep(reward, real):
+        seen["keep"] = reward.clone()
+        return real.any(-1)
+
+    def shape(reward):
+        seen["shape"] = reward.clone()
+        return 3 * reward
+
+    def later(reward):
+        return reward - 1
+
+    objective = recipes.grpo().with_slots(keep=keep, shaping={"shape": shape, "later": later},
+                                          advantage=lambda reward, real: seen.setdefault("advantage", reward))
+    objective.estimate(Batch(columns))
+    assert torch.equal(seen["keep"], seen["shape"]) and torch.equal(seen["advantage"], 3 * seen["keep"] - 1)
+    with pytest.raises(KeyError, match="reads column 'response_advantage', which is not there"):
+        recipes.grpo().with_slots(keep=lambda response_advantage: response_advantage.any(-1)).estimate(Batch(columns))
+
+
+def test_weights_corrections_and_acceptance():
+    """Tokens of cut responses are in no denominator; weights multiply the surrogate alone; a penalty has its own reduction."""
+    columns = leaves(rollouts())
+    objective = assemble("grpo", {"eps": 0.01, "accept": "accept_finished", "correction": {"truncated": {"cap": 1.05}},
+                                  "weight": "uncertain"})
+    objective = objective.with_slots(penalties={"entropy": Penalty(penalties.entropy_bonus, 0.3, reductions.sequence_sum)})
+    l = Loop(columns)
+    rows = {i: l.tokens[i] if bool(columns["finished"][i]) else [] for i in l.everyone()}
+    unit, other, expected = by_rows(rows), summed(rows), 0.0
+    for i, tokens in rows.items():
+        for t in tokens:
+            a, d, p = zscore(l, i, 0.01), token(l, i, t, None), columns["logp"][i, t].detach().exp()
+            gap = math.exp(l.of("logp_old", i, t) - l.of("logp_rollout", i, t))
+            expected = expected - unit[i] * p * (1 - p) * min(gap, 1.05) * clip()(d, a) - 0.3 * other[i] * columns["entropy"][i, t]
+    value = objective.loss(objective.annotate(Batch(columns))).value
+    close(value, expected)
+    close(gradients(value, columns)[0], gradients(expected, columns)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+def test_mistakes():
+    columns = rollouts()
+    with pytest.raises(KeyError, match="call objective.annotate"):
+        recipes.grpo().loss(Batch(columns))
+    with pytest.raises(KeyError, match="token reads column 'logp_old', which is not there"):
+        objective = recipes.grpo()
+        objective.loss(objective.annotate(Batch({k: v for k, v in columns.items() if k != "logp_old"})))
+    with pytest.raises(KeyError, match="grpo_process reads column 'step_reward'"):
+        recipes.grpo_process().estimate(Batch({k: v for k, v in columns.items() if k != "step_reward"}))
+    wrong = {**columns, "reward": columns["reward"].clone()}
+    wrong["reward"][columns["train"].nonzero()[0]] = math.inf
+    for name in ON_POLICY:
+        with pytest.raises(FloatingPointError, match="reward is not finite"):
+            objective_for(name).estimate(Batch(wrong))
+    with pytest.raises(ValueError, match="beta_normalised takes rewards between"):
+        recipes.bnpo().estimate(Batch({**columns, "reward": columns["reward"] * 3}))
+    with pytest.raises(ValueError, match=r"returned .* where rows of tokens .* are expected"):
+        objective = recipes.grpo().with_slots(surrogate=lambda log_ratio: log_ratio.sum(-1))
+        objective.loss(objective.annotate(Batch(columns)))
+    with pytest.raises(FloatingPointError, match="kl_in_reward is not finite"):
+        recipes.rloo(beta=0.1).estimate(Batch({**columns, "logp_ref": columns["logp_ref"] - math.inf}))
+
+
+# -------------------------------------------------------------------------------------- exact gradients, by enumeration
+LOGITS, REWARD = [0.3, -0.5, 1.0], [1.0, 0.2, 0.0]
+
+
+def every_group(logits: Tensor, behaviour: Tensor, reward, g: int, lengths=None) -> dict:
+    """All groups of g draws from softmax(behaviour), each weighted by its probability: a loss is then an expectation.
+
+    The first token of a response is the draw; the others, of which some responses have more, are certain.
+    """
+    arms = torch.cartesian_prod(*[torch.arange(len(logits))] * g)
+    p = behaviour.softmax(0)[arms].prod(-1)
+    lengths = torch.ones(len(logits)) if lengths is None else torch.tensor(lengths)
+    arm, width = arms.flatten(), int(lengths.max())
+    first = torch.arange(width) == 0
+    lp, old = (torch.where(first, x.log_softmax(0)[arm][:, None], f64(0.0)) for x in (logits, behaviour))
+    n = len(arm)
+    return {"logp": lp, "logp_old": old.detach(), "mask": torch.arange(width) < lengths[arm][:, None],
+            "group": torch.arange(n) // g, "reward": f64(reward)[arm], "weight": (p * len(p)).repeat_interleave(g)}
+
+
+def ascent(objective, logits, behaviour, reward, g, **more) -> Tensor:
+    """The expected direction of the objective, exactly."""
+    logits = logits.clone().requires_grad_()
+    batch = objective.annotate(Batch(every_group(logits, behaviour, reward, g, **more)))
+    return -torch.autograd.grad(objective.loss(batch).value, logits)[0]
+
+
+def policy_gradient(logits, reward):
+    logits = logits.clone().requires_grad_()
+    return torch.autograd.grad(logits.softmax(0) @ f64(reward), logits)[0]
+
+
+@pytest.mark.parametrize("g", [2, 3, 4])
+def test_rloo_is_unbiased_on_and_off_policy(g):
+    """And the mean of the group as baseline is (g - 1)/g of it."""
+    logits = f64(LOGITS)
+    exact = policy_gradient(logits, REWARD)
+    close(ascent(recipes.rloo(), logits, logits, REWARD, g), exact)
+    close(ascent(recipes.rloo(low=math.inf, high=math.inf), logits, f64([0.0, 0.4, -0.3]), REWARD, g), exact)
+    close(ascent(recipes.dr_grpo(length=1), logits, logits, REWARD, g), (g - 1) / g * exact)
+    assert exact.norm() > 0.1
+
+
+@pytest.mark.parametrize("g", [2, 4, 7])
+def test_bias_of_grpo(g):
+    """Right or wrong: its update is sqrt((g - 1)/g) E sqrt(k/g (1 - k/g)) in the place of p (1 - p); at g = 2 a constant."""
+    ratios = []
+    for logit in (-2.0, 0.0):
+        logits, p = f64([logit, 0.0]), 1 / (1 + math.exp(-logit))
+        found = ascent(recipes.grpo(eps=0.0), logits, logits, [1.0, 0.0], g)
+        share = [math.comb(g, k) * p ** k * (1 - p) ** (g - k) * math.sqrt(k / g * (1 - k / g)) for k in range(g + 1)]
+        close(found[0], f64(math.sqrt((g - 1) / g) * sum(share)))
+        ratios.append(float(found[0]) / (p * (1 - p)))
+    if g == 2:
+        close(ratios, [math.sqrt(0.5)] * 2)
+    else:
+        assert ratios[0] > 1.02 * ratios[1]                   # a hard prompt is pushed more
+
+
+@pytest.mark.parametrize("name, drifts", [("grpo", True), ("dr_grpo", False)])
+def test_length_bias(name, drifts):
+    """Wrong answers of 1 and of 10 tokens, equally wrong: with the mean over tokens the long ones are pushed down less."""
+    objective, rate = (recipes.grpo(), 2.0) if drifts else (recipes.dr_grpo(length=10), 20.0)
+    logits = f64([0.0, 0.0, 0.0])
+    for _ in range(60):
+        logits = logits + rate * ascent(objective, logits, logits, [1.0, 0.0, 0.0], 3, lengths=[1, 1, 10])
+    odds = float((logits[2] - logits[1]).exp())
+    assert float(logits.softmax(0)[0]) > 0.8
+    assert odds > 2 if drifts else abs(odds - 1) < 1e-9

@@ -128,8 +128,8 @@ def test_score(models, place):
     found = reward("score", "answers.jsonl", "-r", "final_answer", "-r", "twice={mine:size: {factor: 2}}", "-r", models / "bt",
                    "-o", "scored.jsonl")
     assert found.code == 0, found.text
-    assert found.text == ("2 groups with 4 responses written to scored.jsonl final_answer: 4 scored, 0 not "
-                          "twice: 4 scored, 0 not bt: 4 scored, 0 not")
+    assert found.text.startswith("2 groups with 4 responses written to scored.jsonl final_answer: 4 scored, 0 not; mean 0.5, from "
+                                 "0 to 1 twice: 4 scored, 0 not; mean 16.5, from 2 to 32 bt: 4 scored, 0 not; mean ")
     assert scores("scored.jsonl", "final_answer") == [[1, 0], [0, 1]]
     assert scores("scored.jsonl", "twice") == [[16, 16], [2, 32]]
     assert all(isinstance(x, float) for row in scores("scored.jsonl", "bt") for x in row)
@@ -264,6 +264,13 @@ def test_tokens(models, place, name):
     assert found.code == 0 and found.text == "2 responses in tokens.html"
     page = (place / "tokens.html").read_text()
     assert name in page and "w11" in page
+
+
+def test_tokens_by_step(models, place):
+    found = reward("tokens", models / "implicit", models / "steps.jsonl", "-o", "steps.html", "--limit", 2, "--steps", "newline")
+    assert found.code == 0 and "step 1" in (place / "steps.html").read_text()
+    wrong = reward("tokens", models / "implicit", models / "steps.jsonl", "--steps", "new_line")
+    assert wrong.code == 2 and "did you mean 'newline'" in wrong.text
 
 
 @pytest.mark.parametrize("name, said", [("bt", "grades whole responses: rewards of tokens need an implicit reward model"),

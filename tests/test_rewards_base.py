@@ -272,6 +272,7 @@ print(score_file({str(tmp_path / "in.jsonl")!r}, [Dies()], {str(tmp_path / "out.
 def test_scoring_a_file_counts_what_is_left_out(tmp_path):
     dump(groups("a", "bad") + groups("bad", "ccc"), tmp_path / "in.jsonl")
     counts = score_file(tmp_path / "in.jsonl", [picky, length], tmp_path / "out.jsonl.gz", on_error="mark", progress=True)
+    assert set(counts.pop("scores")) == {"picky", "length"}
     assert counts == {"groups": 2, "responses": 4, "scored": {"picky": 2, "length": 4}, "unscored": {"picky": 2},
                       "reasons": {"picky": ["RuntimeError: boom"]}}
     with pytest.raises(ScoringError, match="in.jsonl:1: response 2"):

@@ -12,7 +12,7 @@ import torch
 from cookbook import tiny
 from cookbook.density_ratio import study as density
 from cookbook.gpm_cycles import study as cycles
-from cookbook.implicit_prm import chains
+from cookbook.implicit_prm import chains, swaps
 from cookbook.implicit_prm import study as prm
 from cookbook.lipo_lambda import study as lipo
 from cookbook.r3_hacking import study as r3
@@ -190,6 +190,67 @@ def test_a_small_implicit_study(tmp_path):
     found = prm.synthetic(tmp_path, ["CE", "step labels"], 20, 2, 20, 0)
     assert set(found) == {"language model's own", "any", "CE", "step labels"}
     assert all(0 <= value <= 1 for table in found.values() for value in table.values())
+
+
+def first_slip(group) -> int | None:
+    """From the text alone: the first line that does not follow from the line before it and from the swaps of the prompt."""
+    pairs = re.findall(r"(\w+) and (\w+) (?:swap|switch|trade)", group.prompt)
+    state = dict(zip(map(str.lower, swaps.PEOPLE), "abcde", strict=True))
+    lines = group.responses[0].text.split("\n")
+    for k, line in enumerate(lines):
+        line, *answer = line.split("so the answer is ")
+        said = dict(re.findall(r"(\w+): (\w)", line))
+        if said and not (k == 0 and len(said) > 2 and " and " not in line and len(pairs) < len([x for x in lines if ":" in x])):
+            a, b = pairs.pop(0)
+            state[a], state[b] = state[b], state[a]
+        if any(state[name] != letter for name, letter in said.items()):
+            return k
+        asked = re.search(r"at the end of the \w+, (\w+)", group.prompt)[1]
+        if answer and answer[0] != f"({state[asked]})":
+            return k
+    return None
+
+
+def test_the_first_slip_of_a_story_is_the_one_that_a_simulation_finds():
+    draw = np.random.default_rng(0)
+    for people in (3, 5):
+        for slips in ((), (0,), (people - 1,), (people,), (1, 2)):
+            for _ in range(60):
+                story = swaps.told(draw, people, slips)
+                assert first_slip(story) == story.responses[0].meta["wrong"], story
+                assert slips or story.relevance == [1.0]
+    found = swaps.outcomes(draw, 400)
+    assert any(g.relevance == [1.0] and g.responses[0].meta["wrong"] is not None for g in found)   # outcomes are no step labels
+
+
+def test_a_real_trace_in_the_words_of_the_stories():
+    trace = "mistakes", [
+        "At the start: A: Gatsby, B: Catch, Claire: Moby Dick.", "A and Claire swap books: Alice: Moby Dick, Bob: Catch, Claire: Gatsby.",
+        "At the end of the semester, Alice has Moby Dick. So the answer is (C)"]
+    group = swaps.Group("Alice, Bob, and Claire are friends: Alice gets The Great Gatsby, Bob gets Catch-22, and Claire gets Moby Dick.\n"
+                        "As the semester proceeds, they start trading. First, Alice and Claire swap books. At the end of the semester, "
+                        "Alice has\nOptions:\n(A) The Great Gatsby.\n(B) Catch-22.\n(C) Moby Dick.",
+                        [swaps.Response("", meta={"steps": trace[1]})], meta={"mistake_index": 2})
+    told = swaps.retold(group)
+    assert told.prompt == "first, alice and claire swap books. at the end of the semester, alice has"
+    assert told.responses[0].meta["steps"] == [
+        "at the start: alice: a, bob: b, claire: c.", "alice and claire swap books: alice: c, bob: b, claire: a.",
+        "at the end of the semester, alice has c. so the answer is (c)"]
+    assert told.meta == {"mistake_index": 2} and told.responses[0].text.split("\n") == told.responses[0].meta["steps"]
+
+
+def test_bootstrap_draws_the_same_traces_for_all_seeds():
+    """Seeds that agree leave the interval of one seed; of n = 100 at 1/2 it is about 1.96 / (2 sqrt(100)) wide on each side."""
+    one = np.tile([0.0, 1.0], 50)
+    _, low, high = prm.bootstrap(np.stack([one] * 3))
+    assert (low, high) == pytest.approx((0.402, 0.598), abs=0.02)
+
+
+def test_tracking_that_is_not_above_chance_is_seen():
+    table = [{"CE": {"located": 0.9, "best of 8 by min": 0.6, "best of 8 by sum": 0.6}, "any": {"right": 0.25}}]
+    for low, held in ((0.01, True), (-0.01, False)):
+        assert list(prm.claims(table, {"all": {"CE minus chance": (0.1, low, 0.2)}}).values()) == [True, True, held]
+    assert len(prm.claims(table, {})) == 2
 
 
 # ------------------------------------------------------------------------------------------------------ density_ratio
