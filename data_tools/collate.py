@@ -15,7 +15,7 @@ from data_tools.records import Group
 __all__ = ["Counts", "EncodedGroup", "EncodedRow", "Encoding", "collate", "encode", "neutral", "pad", "pad_token"]
 
 NEUTRAL = {"degree": -1, "side": -1, "level": 0, "position": 0, "contrast": 0.0, "rationale": False, "online": False,
-           "finished": True}
+           "from_reference": False, "finished": True}
 DTYPE = {bool: torch.bool, int: torch.int64, float: torch.float32}
 
 

@@ -33,6 +33,7 @@ COLUMNS: dict[str, Column] = {
     "contrast": Column("N", "sign of the row in a difference of differences, 0 elsewhere (MAPL)", "augment"),
     "rationale": Column("N", "True for rows whose response is a rationale, trained by likelihood only", "augment"),
     "online": Column("N", "True for unlabelled rows sampled from the current policy (HyPO)", "source"),
+    "from_reference": Column("N", "True for responses that the reference sampled beside the policy's (XPO)", "source"),
     "degree": Column("N", "preference degree 0..M-1 of a thinned variant, -1 elsewhere (SPO)", "augment"),
     "side": Column("N", "1 variant of a chosen response, 0 of a rejected one, -1 elsewhere (SPO)", "augment"),
     "position": Column("N", "1-based position of an item in the generated list (in-context ranking)", "source"),

@@ -73,8 +73,8 @@ def on_policy(run: Run) -> Findings:
         whole = longest * t.groups_per_step * run.rollout.k
         limit = vars(config.get_text_config()).get("max_position_embeddings")
         if limit and longest > limit:
-            yield error("policy", f"a prompt of {found[1]} tokens with rollout.max_new_tokens={run.rollout.max_new_tokens} is longer "
-                                  f"than the model was made for ({limit})")
+            yield error("policy", f"a prompt of {found[1]} tokens with rollout.max_new_tokens={run.rollout.max_new_tokens} is "
+                                  f"longer than the model was made for ({limit})")
         yield from attempt("memory", room, run, config, None, min(whole, t.tokens or whole))
         yield ok("steps", f"{t.steps or max(1, round(-(-len(found[0]) // t.groups_per_step) * t.epochs)):,} steps of "
                           f"{t.groups_per_step} prompts, learning rate {t.lr:g}, {t.schedule}")

@@ -30,8 +30,8 @@ def prompts(run: Run, tokenizer) -> Findings:
         shared = sum(repr(g.prompt) in known for g in held_out)
         yield ok("data.eval", f"{len(held_out):,} prompts")
         if shared:
-            yield warning("data.eval", f"{shared:,} of {len(held_out):,} held-out prompts are also in the training data: held-out "
-                                       f"numbers will look too good")
+            yield warning("data.eval", f"{shared:,} of {len(held_out):,} held-out prompts are also in the training data: "
+                                       f"held-out numbers will look too good")
     return found, max(lengths)
 
 
@@ -47,7 +47,8 @@ def rewards(run: Run, found: online.Prompts) -> Findings:
     for group in score(groups):
         for name, why in group.responses[0].meta.get("unscored", {}).items():
             level = error if run.rollout.unscored == "raise" else warning
-            yield level("rewards", f"{name} cannot score an empty response to {group.meta.get('place', 'the first prompts')}: {why}")
+            where = group.meta.get("place", "the first prompts")
+            yield level("rewards", f"{name} cannot score an empty response to {where}: {why}")
             return
     yield ok("rewards", f"{rewards_of(run)}; tried on an empty response")
 
@@ -57,9 +58,9 @@ def numbers(run: Run) -> Findings:
     yield ok("rollout", rollout_of(run))
     updates, objective = online.update_count(run), run.objective()
     if updates > 1 and not objective.whole_groups and "logp_old" not in objective.reads():
-        yield warning("rollout", f"{run.recipe} has no importance ratio, and a rollout is trained on by {updates} updates: only the "
-                                 f"first of them is on-policy. Leave rollout.samples_per_update and rollout.epochs out, or "
-                                 f"choose a recipe with a ratio, such as grpo")
+        yield warning("rollout", f"{run.recipe} has no importance ratio, and a rollout is trained on by {updates} updates: only "
+                                 f"the first of them is on-policy. Leave rollout.samples_per_update and rollout.epochs out, "
+                                 f"or choose a recipe with a ratio, such as grpo")
     if run.rollout.replay and not objective.whole_groups and objective.correction is None:
         yield warning("rollout", "replayed responses are those of older policies, and the recipe does not weigh them: set "
                                  "set.correction=truncated")
@@ -74,7 +75,8 @@ def metrics(run: Run) -> Findings:
     if not objective.whole_groups:
         own |= {*POLICY_METRICS, *policy_metrics(hyperparameters(objective.surrogate)), "ratio/effective"} - {"ratio/square"}
         own |= {"loss/surrogate", *(f"loss/{key}" for key in objective.penalties)}
-    known = own | ({f"eval/{m}" for m in (sampled | parts) - {f"pass@{roll.k}"} | {f"pass@{roll.eval_k}"}} if run.data.eval else set())
+    judged = (sampled | parts) - {f"pass@{roll.k}"} | {f"pass@{roll.eval_k}"}
+    known = own | ({f"eval/{m}" for m in judged} if run.data.eval else set())
     named = {"train.metric": run.train.metric} if run.train.patience and run.train.metric else {}
     for setting, metric in {**named, **{f"expect.{m}": m for m in run.expect}}.items():
         if metric not in known and objective.whole_groups is False:

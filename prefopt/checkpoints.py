@@ -18,10 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from prefopt import sharding
+from prefopt.ops import is_first
+from prefopt.sharding import collected, divided
+
 
 def write(folder: Path, *, model: nn.Module, tokenizer, optimizer, scheduler, source, objective, reference: list | None,
           progress: dict, critic: nn.Module | None = None, scaler=None) -> None:
-    """Write a checkpoint to `folder`, atomically."""
+    """Write a checkpoint to `folder`, atomically. All processes call it, the first one writes."""
     tensors, plain = flat_optimizer(optimizer.state_dict())
     for i, module in enumerate(objective.modules()):
         tensors.update({f"module.{i}.{k}": v for k, v in module.state_dict().items()})
@@ -31,21 +35,26 @@ def write(folder: Path, *, model: nn.Module, tokenizer, optimizer, scheduler, so
              "parts": {k: p.state_dict() for k, p in objective.states().items()}, "progress": progress,
              "scaler": scaler.state_dict() if scaler else None}
     with whole(folder) as temporary:
-        model.save_pretrained(temporary / "model")
-        tokenizer.save_pretrained(temporary / "model")
+        sharding.save(model, temporary / "model")
         if critic is not None:
-            critic.save_pretrained(temporary / "critic")
-        save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state))
+            sharding.save(critic, temporary / "critic")
+        tensors = collected(tensors.items())
+        if is_first():
+            tokenizer.save_pretrained(temporary / "model")
+            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary / "state.safetensors")
+            (temporary / "state.json").write_text(json.dumps(state))
 
 
 def save_model(model: nn.Module, tokenizer, folder: Path, objective, card: dict) -> None:
     """An ordinary transformers (or PEFT adapter) folder, safetensors only, atomically; learned parts (token masks, heads)
-    beside it in objective.safetensors, and in prefopt.json what the model was trained as (`card`) and parts with memory."""
+    beside it in objective.safetensors, and in prefopt.json what the model was trained as (`card`) and parts with memory. All
+    processes call it, the first one writes."""
     learned = {f"{i}.{k}": v.detach().cpu().contiguous() for i, m in enumerate(objective.modules())
                for k, v in m.state_dict().items()}
     with whole(folder) as temporary:
-        model.save_pretrained(temporary)
+        sharding.save(model, temporary)
+        if not is_first():
+            return
         tokenizer.save_pretrained(temporary)
         if learned:
             save_file(learned, temporary / "objective.safetensors")
@@ -71,8 +80,12 @@ def read_parts(folder: Path, objective) -> None:
 
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends, and vanishes when the block fails."""
+    """A temporary folder that takes the place of `folder` when the block ends, and vanishes when the block fails. Processes
+    but the first one get a name alone."""
     temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+    if not is_first():
+        yield temporary
+        return
     for left in (temporary, old):                             # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -104,7 +117,10 @@ def read(folder: Path, *, optimizer, scheduler, source, objective, reference: li
     critic, in `folder / 'critic'`."""
     state = json.loads((folder / "state.json").read_text())
     tensors = load_file(folder / "state.safetensors")
-    optimizer.load_state_dict(full_optimizer(tensors, state["optimizer"]))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = {n: value if not n.startswith("optimizer.") else divided(value, parameters[int(n.split(".")[1])])
+            for n, value in tensors.items()}
+    optimizer.load_state_dict(full_optimizer(kept, state["optimizer"]))
     scheduler.load_state_dict(state["scheduler"])
     source.load_state_dict(state["source"])
     for i, module in enumerate(objective.modules()):
@@ -115,7 +131,7 @@ def read(folder: Path, *, optimizer, scheduler, source, objective, reference: li
     if reference is not None:
         with torch.no_grad():
             for i, t in enumerate(reference):
-                t.copy_(tensors[f"reference.{i}"])
+                t.copy_(divided(tensors[f"reference.{i}"], t))
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return state["progress"]

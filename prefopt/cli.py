@@ -328,15 +328,62 @@ def rollouts(
             seen = terminal.show(console, run, step=newest, sort=sort, count=count, colour=colour, search=search)
 
 
+@app.command()
+def play(
+    game_file: Annotated[Path, argument("GAME.yaml", "The game: its name or payoff, reference, beta, algorithms.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="PAGE.html", help="Write a page with gap curves and, of "
+                                                                                     "three responses, paths.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every iteration to FILE; - prints "
+                                                                                  "it.")] = None,
+):
+    """Play a game of preferences with tables that learn by the losses of the recipes.
+
+    Prints the duality gap under the KL and the exploitability without it, by iteration. A game file may be as short as
+
+        game: rps
+        reference: [3, 2, 1]
+        beta: 0.1
+        algorithms: [egpo, omd, {nash_md: {eta: 0.1}}]
+
+    In the place of a game's name stands a matrix (`payoff: [[0.5, 0.9], [0.1, 0.5]]`) or a CSV file (`payoff: wins.csv`) of
+    P(i beats j). `samples: 100` draws responses instead of summing over all pairs, `verdicts: true` has the oracle answer 0
+    or 1; `start`, `iterations`, `actions` and `seed` are what they say.
+
+    Examples:
+
+        prefopt play rps.yaml
+        prefopt play rps.yaml -o rps.html
+        prefopt play rps.yaml --json rps.json
+    """
+    from prefopt.games import play as games
+    plan = games.load(game_file)
+    if out:
+        try:
+            from prefopt.games import page
+        except ModuleNotFoundError as missing:
+            raise ImportError(f"the page needs {missing.name}: pip install 'prefopt[report]'") from None
+    with stderr.status("playing"):
+        played = games.run(plan)
+    if json_file:
+        text = json.dumps(games.record(played)) + "\n"
+        print(text, end="") if str(json_file) == "-" else json_file.write_text(text, encoding="utf-8")
+    if str(json_file) != "-":
+        for key, title in (("gap", "duality gap with the KL"), ("exploitability", "exploitability without a KL")):
+            console.print(Text(title, style="bold"))
+            console.print(grid(games.table(played.runs, key), head=("iteration", *(r.name for r in played.runs))))
+    if out:
+        console.print(f"the page is {page.write(played, out)}", soft_wrap=True)
+
+
 # --------------------------------------------------------------------------------------------------------- look around
 @app.command("list")
 def list_recipes(
     slot: Annotated[str | None, typer.Option(help="List the parts of a slot instead. Preference recipes: score, margin, "
                                                   "ranking, labels, pair_weight, regularisers, reduce, reference, "
                                                   "annotations, providers. On-policy recipes: shaping, keep, advantage, "
-                                                  "credit, normalise, ratio, surrogate, weight, penalties, reduce, reward_at, "
-                                                  "accept, correction, annotations, selections. Both: update. Or `recipe` for "
-                                                  "what each recipe is.")] = None,
+                                                  "credit, normalise, ratio, surrogate, weight, penalties, reduce, "
+                                                  "reward_at, accept, correction, annotations, selections. Both: update. Or "
+                                                  "`recipe` for what each recipe is.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of recipes as Markdown.")] = False,
 ):
     """List all recipes with what fills their slots.

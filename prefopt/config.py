@@ -160,6 +160,8 @@ class Train(Settings):
                                                               # eval/loss, or eval/reward of an on-policy run
     patience: int | None = Field(None, ge=1)                  # evaluations without improvement
     device: Literal["cpu"] | None = None                      # the GPU where there is one, unless this says cpu
+    shard: bool = False                                       # layers, their gradients and optimiser state divided over the
+                                                              # processes; see docs/distributed.md
 
 
 class Run(Settings):
@@ -218,6 +220,7 @@ class Run(Settings):
             raise ValueError(f"recipe {self.recipe!r} compares each prompt with a response of another prompt of the step: "
                              f"set train.groups_per_step to at least 2")
         sampled(self, objective)
+        sharded(self, objective)
         aspects = len(self.data.encoded().aspects)
         if "rewards" in objective.reads() and aspects != objective.outputs:
             raise ValueError(f"recipe {self.recipe!r} learns {objective.outputs} aspects, and data.encoding.aspects names "
@@ -275,12 +278,39 @@ def sampled(run: Run, objective) -> None:
         raise ValueError("rollout.top_p and top_k sample from another distribution than the one that is trained, so that ratios "
                          "and gradients are off: leave them at 1 and 0, or correct for it with set.correction: exact")
     for setting, part in (*(("limit", p) for p in objective.shaping.values()), ("length", objective.reduce)) if policy else ():
-        if parts.hyperparameters(part).get(setting, roll.max_new_tokens) != roll.max_new_tokens:
-            raise ValueError(f"set.{setting} of recipe {name!r} is {parts.hyperparameters(part)[setting]}, and responses may have "
-                             f"rollout.max_new_tokens={roll.max_new_tokens}: set set.{setting}={roll.max_new_tokens}")
+        own, longest = parts.hyperparameters(part).get(setting), roll.max_new_tokens
+        if own not in (None, longest):
+            raise ValueError(f"set.{setting} of recipe {name!r} is {own}, and responses may have "
+                             f"rollout.max_new_tokens={longest}: set set.{setting}={longest}")
     if run.data.cache_reference:
         raise ValueError("no cache can hold log-probabilities of responses sampled in training: set data.cache_reference to "
                          "false")
+
+
+def sharded(run: Run, objective) -> None:
+    """An error where `train.shard` cannot work: every forward gathers weights from all processes, so each must run as many."""
+    if not run.train.shard:
+        return
+    for name, model in (("policy", run.policy), ("reference", run.reference), ("critic", run.critic)):
+        if model and (model.lora or model.quantize):
+            raise ValueError(f"train.shard divides weights that train as they are, and {name} has adapters or quantised "
+                             f"weights: set train.shard=false, or leave {name}.lora and {name}.quantize out")
+    optimizer = _named(run.train.optimizer)[0]
+    if optimizer in ("Adafactor", "LBFGS", "Muon", "SparseAdam"):
+        raise ValueError(f"train.optimizer={optimizer} looks at whole matrices, of which train.shard leaves each process some rows: "
+                         f"take one that treats every weight by itself, such as AdamW or SGD, or set train.shard=false")
+    if run.train.precision == "fp16":
+        raise ValueError("train.shard does not go with the loss scaling of train.precision=fp16: set it to bf16 or no")
+    if "online" in objective.reads():
+        raise ValueError(f"recipe {run.recipe!r} samples from the policy itself in every step, and responses end at different "
+                         f"lengths on different processes, so that train.shard would wait for ever: set train.shard=false, or "
+                         f"train on rollouts of a server (rollout.sampler: vllm_server)")
+    roll = run.rollout
+    if roll and (not roll.recorded or run.data.eval) and _named(roll.sampler)[0] in ("transformers", "vllm"):
+        raise ValueError(f"rollout.sampler={_named(roll.sampler)[0]} samples from a model that each process holds whole, and "
+                         f"train.shard divides it: start a server (python -m prefopt.rollout.serve) and set rollout.sampler to "
+                         f"vllm_server, or train on recorded rollouts (rollout.recorded, without data.eval), or set "
+                         f"train.shard=false")
 
 
 def assemble(recipe: str, departures: dict):

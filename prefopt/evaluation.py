@@ -53,8 +53,9 @@ METRICS = {
     "grad_norm": "norm of the gradient before clipping"}
 
 
-MAIN = ("loss", "reward", "pass@1", "length", "truncated", "unscored", "groups/contrast", "entropy", "kl/old", "accuracy", "accuracy/length_controlled", "margin", "ranking/policy", "ranking/reference",
-        "ranking/idealised_median", "kl/ref", "shift/chosen", "shift/rejected", "displaced", "grad_norm")
+MAIN = ("loss", "reward", "pass@1", "length", "truncated", "unscored", "groups/contrast", "entropy", "kl/old", "accuracy",
+        "accuracy/length_controlled", "margin", "ranking/policy", "ranking/reference", "ranking/idealised_median", "kl/ref",
+        "shift/chosen", "shift/rejected", "displaced", "grad_norm")
 
 
 def described(metric: str) -> str:

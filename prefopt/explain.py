@@ -238,8 +238,8 @@ def plan(run: Run) -> dict[str, str]:
            "length": f"{length}, {t.groups_per_step} {'prompts' if run.rollout else 'groups'} per step, learning rate {t.lr:g} "
                      f"({t.schedule})",
            "rollout": rollout_of(run), "rewards": rewards_of(run),
-           "each step": "; ".join(p for p in passes(objective) if p not in idle) + (f"; in micro-batches of up to {t.tokens:,} tokens"
-                                                        if t.tokens else "; in one micro-batch"),
+           "each step": "; ".join([*(p for p in passes(objective) if p not in idle),
+                                   f"in micro-batches of up to {t.tokens:,} tokens" if t.tokens else "in one micro-batch"]),
            "results": run.out}
     if not objective.bounded:
         out["careful"] = UNBOUNDED
@@ -255,8 +255,8 @@ def rollout_of(run: Run) -> str:
     how = f"temperature {roll.temperature:g}" + (f", top_p {roll.top_p:g}" if roll.top_p < 1 else "") \
         + (f", top_k {roll.top_k}" if roll.top_k else "")
     return (f"{run.train.groups_per_step} prompts x {roll.k} responses = {samples} samples per step, {updates} "
-            f"update{'s' * (updates != 1)} of {roll.samples_per_update or samples} samples; up to {roll.max_new_tokens} tokens, "
-            f"{how}, " + (f"read from {roll.recorded}" if roll.recorded else f"by {_named(roll.sampler)}"))
+            f"update{'s' * (updates != 1)} of {roll.samples_per_update or samples} samples; up to {roll.max_new_tokens} "
+            f"tokens, {how}, " + (f"read from {roll.recorded}" if roll.recorded else f"by {_named(roll.sampler)}"))
 
 
 def rewards_of(run: Run) -> str:
@@ -359,7 +359,8 @@ def unread(objective: Objective) -> set[str]:
         read = set(columns_read(queue.pop())) - seen
         seen |= read
         queue += [made[c] for c in read & set(made)]
-    return {slot for slot, column in slots_of.items() if column not in seen} | (set() if frozen_models(objective.reads()) else {"reference"})
+    idle = {slot for slot, column in slots_of.items() if column not in seen}
+    return idle if frozen_models(objective.reads()) else idle | {"reference"}
 
 
 def equation(objective: Objective, slot: str) -> str:
@@ -463,7 +464,7 @@ def show(found: Iterable[Page], console) -> None:
 
 # ------------------------------------------------------------------------------------------------- tables and markdown
 BEGIN, END = "<!-- recipes -->", "<!-- /recipes -->"
-THEMES = ("pairs", "lists", "unpaired", "beyond", "reward_models", "on_policy")            # modules of prefopt.recipes
+THEMES = ("pairs", "lists", "unpaired", "beyond", "reward_models", "on_policy", "games")   # modules of prefopt.recipes
 BASES = {"dpo": PreferenceObjective, "grpo": PolicyObjective}                  # a table for each, of what differs from it
 MORE = ("reference", "annotations", "providers", "shaping", "keep", "normalise", "accept", "correction", "weight",
         "selections", "reward_at")                            # rarely filled slots share a column of the table
@@ -521,7 +522,8 @@ def methods_page() -> str:
     out = ["# Methods", "Written by `python -m prefopt.explain` from signatures and docstrings; `prefopt explain NAME` "
            "prints the same and more. A recipe fills slots with parts, and a run file changes any of them: "
            "`set: {beta: 0.5, ranking: hinge}`.", "## Symbols", grid(["symbol", "meaning"], SYMBOLS.items()),
-           "## All recipes", "Empty cells are as in the first line of a table.", "\n".join(markdown_table(link="").split("\n")[1:-1])]
+           "## All recipes", "Empty cells are as in the first line of a table.",
+           "\n".join(markdown_table(link="").split("\n")[1:-1])]
     for theme, names in themes().items():
         out += [f"## {theme}", *(text for name in names for text in _recipe_section(recipe_page(name)))]
     for slot in HOMES:

@@ -176,7 +176,8 @@ def card(run: Run) -> dict:
             "data": limits, "start": run.policy.name, "reference": run.reference and run.reference.name}
 
 
-FREE = {"out", "log", "expect", "rollout.dump", "train.save_every", "train.keep", "train.log_every", "train.device", "data.cache"}
+FREE = {"out", "log", "expect", "rollout.dump", "train.save_every", "train.keep", "train.log_every", "train.device",
+        "train.shard", "data.cache"}
 
 
 def same(run: Run, data, held_out) -> None:

@@ -7,7 +7,7 @@ laid out for the model; packing and shared prefixes go there, and parts never se
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from data_tools.batch import Batch
 from prefopt.models import Models, Trunk
 from prefopt.ops import upcast
+from prefopt.sharding import evened
 
 CHUNK_BYTES = 64 * 2**20                                      # float32 logits of one chunk
 
@@ -45,7 +46,8 @@ def token_kl(logits: Tensor, token: Tensor, logits_ref: Tensor) -> Tensor:
 
 ONE = {"logp": logp, "entropy": entropy, "collision": collision}          # reducers of one distribution
 TWO = {"token_kl": token_kl}                                              # of the policy's and the reference's
-FROZEN = {"logp_ref", "logp_old", "logp_now", "entropy_old", "outputs_old", "value_old", "activation_mask", "mismatched"}      # by `fill`
+FROZEN = {"logp_ref", "logp_old", "logp_now", "entropy_old", "outputs_old", "value_old", "activation_mask",
+          "mismatched"}                                                   # made once per step, by `fill`
 GRADED = {"outputs", "token_reward"}                                      # of a reward model's head
 CRITIC = {"value", "value_old"}                                           # these load a critic
 GRADIENT = {*ONE, *TWO, *GRADED, "value", "states_ref", "last_state", "prompt_state"}    # per micro-batch, by `forward`
@@ -184,9 +186,15 @@ def fill(models: Models, batch: Batch, reads: Iterable[str], *, tokens: int | No
         if column == "mismatched":
             out[column] = mismatched(models, batch, other, tokens=tokens, chunk=chunk)
             continue
-        pieces = batch.pieces(tokens, whole_groups)
-        out[column] = joined(batch, [(rows, one_frozen(models, part, column, chunk)) for rows, part in pieces])
+        parts = pieces(models, batch, tokens, whole_groups)
+        out[column] = joined(batch, [(rows, one_frozen(models, part, column, chunk)) for rows, part in parts])
     return batch.with_columns(**out)
+
+
+def pieces(models: Models, batch: Batch, tokens: int | None, whole_groups: bool = True) -> Iterator[tuple[Tensor, Batch]]:
+    """Micro-batches with the numbers of their rows. Where models are sharded, the last one comes again on processes that have
+    fewer than others."""
+    return (one for one, _ in evened(batch.pieces(tokens, whole_groups), models.sharded, batch.index.device))
 
 
 def one_frozen(models: Models, batch: Batch, column: str, chunk: int | None) -> Tensor:
@@ -242,9 +250,9 @@ def mismatched(models: Models, batch: Batch, other: Batch | None, *, tokens: int
     view = mismatched_rows(batch, other)
     if tokens is not None:
         tokens = max(tokens, int(view["attend"].sum(1).max()))
-    policy = joined(view, [(rows, token_logp(models.policy_model(), m, chunk)) for rows, m in view.pieces(tokens)])
+    policy = joined(view, [(rows, token_logp(models.policy_model(), m, chunk)) for rows, m in pieces(models, view, tokens)])
     with models.reference_model() as reference:
-        ref = joined(view, [(rows, token_logp(reference, m, chunk)) for rows, m in view.pieces(tokens)])
+        ref = joined(view, [(rows, token_logp(reference, m, chunk)) for rows, m in pieces(models, view, tokens)])
     return (policy - ref).sum(1)
 
 

@@ -17,6 +17,7 @@ from prefopt.forward import fill, forward
 from prefopt.models import Models
 from prefopt.ops import processes, total
 from prefopt.setup import has_adapters, sampling, seed
+from prefopt.sharding import evened
 from prefopt.sources import Dataset, Online
 
 
@@ -56,9 +57,11 @@ def evaluate(models: Models, objective, data, run: Run, accelerator) -> dict[str
                 batch = fill(models, batch, reads, tokens=run.train.tokens, other=other)
             batch = objective.annotate(batch)
             found: dict[str, Tensor] = {}
-            for micro in batch.microbatches(run.train.tokens):
+            for micro, counts in evened(batch.microbatches(run.train.tokens), models.sharded, accelerator.device):
                 with accelerator.autocast():
                     micro = forward(models, micro, reads)
+                if not counts:
+                    continue
                 loss = objective.loss(micro)
                 for key, value in {"loss": loss.value, **loss.metrics, **objective.measure(micro, EVALUATION_METRICS)}.items():
                     found[key] = found[key] + value if key in found else value
@@ -82,7 +85,7 @@ def judge(progress: dict, run: Run, objective, models: Models, accelerator, out:
     value = -last[metric] if "loss" in metric or metric.startswith("eval/kl") else last[metric]
     if np.isfinite(value) and (progress["best"] is None or value > progress["best"]):
         progress.update(best=value, best_step=progress["step"], evaluations_since=0)
-        if patience and accelerator.is_main_process:
+        if patience:
             checkpoints.save_model(models.policy, models.tokenizer, out / "best", objective, folder.card(run))
     else:
         progress["evaluations_since"] += 1

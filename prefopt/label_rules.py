@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import torch
 
+from prefopt.ops import upcast
 from prefopt.parts import Pairs
 
-__all__ = ["as_given", "ordered", "smooth", "tied", "unflip"]
+__all__ = ["as_given", "by_reward", "ordered", "smooth", "tied", "unflip"]
 
 
 def as_given(wins) -> Pairs:
@@ -24,6 +25,31 @@ def as_given(wins) -> Pairs:
              [0., 0.]]])
     """
     return torch.nan_to_num(wins, nan=0.0)
+
+
+def by_reward(reward, real, *, scale=1.0) -> Pairs:
+    """Soft labels from the difference of rewards.
+
+    w_ij = sigmoid(scale (r_i - r_j))
+
+    scale       1: DNO, whose rewards are win rates
+    Gradient    none
+    Edge        pairs of which a reward is unknown (NaN) are not compared, nor a response with itself
+    Relations   scale -> inf is `as_given` with the rewards as relevance; scale = 0 compares all pairs evenly. With a symmetric
+                loss (`squared_rewards`) the scale does not matter
+    Departs     -
+    Reference   Rosset et al., Direct Nash Optimization, arXiv:2404.03715, eq. 9
+
+    >>> by_reward(torch.tensor([[3., 1., 1.]]).log(), torch.ones(1, 3).bool())[0]
+    tensor([[0.0000, 0.7500, 0.7500],
+            [0.2500, 0.0000, 0.5000],
+            [0.2500, 0.5000, 0.0000]])
+    """
+    known = real & ~torch.isnan(reward)
+    others = ~torch.eye(reward.shape[-1], dtype=torch.bool, device=reward.device)
+    r = torch.where(known, upcast(reward), 0.0)
+    wins = torch.sigmoid(scale * (r[..., :, None] - r[..., None, :]))
+    return torch.where(known[..., :, None] & known[..., None, :] & others, wins, 0.0)
 
 
 def ordered(relevance, real) -> Pairs:

@@ -178,6 +178,7 @@ class Models:
     tokenizer: object = None
     critic: nn.Module | None = None
     temperature: float = 1.0                                  # of the policy whose log-probabilities these are
+    sharded: bool = False                                     # over the processes, see prefopt.sharding
 
     def __post_init__(self):
         self._policy = Trunk(self.policy, self.temperature)
@@ -312,6 +313,9 @@ def _whole(name: str, head: Head, **arguments) -> nn.Module:
         raise ValueError(f"{name!r} lacks weights of {type(model).__name__}: {', '.join(missing[:4])}. It was saved from "
                          f"another kind of model" + ("; policies and references are causal language models"
                                                      if head is LANGUAGE else ""))
+    for p in model.parameters():                              # in a file tensors begin anywhere; kernels round otherwise there
+        if p.data_ptr() % 64:
+            p.data = p.data.clone()
     return model
 
 

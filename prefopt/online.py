@@ -20,6 +20,7 @@ from prefopt.ops import processes, total
 from prefopt.parts import bind, columns_read
 from prefopt.rollout import sources
 from prefopt.rollout.sources import GroupSource, Rollouts
+from prefopt.sharding import whole_model
 
 ORDERS = {"shuffled": lambda: sources.shuffled, "by_field": sources.by_field}
 
@@ -36,7 +37,6 @@ class Prompts(list):
 def prompts(run: Run, tokenizer, *, held_out: bool = False) -> Prompts:
     """Every prompt of the run's data, checked: none is empty or too long. Responses that a file has are left aside."""
     from data_tools import formats
-
     from prefopt.folder import content
     from prefopt.rollout.transformers import prompt_ids
     d, roll = run.data, run.rollout
@@ -140,13 +140,30 @@ def sampler(run: Run, models, tokenizer):
     return parts.find(name, "")(models=models, tokenizer=tokenizer, run=run, **arguments)
 
 
+def samples(run: Run) -> bool:
+    """Whether a run needs a sampler: to train, or to be evaluated."""
+    return not run.rollout.recorded or run.data.eval is not None
+
+
+def sync(engine, models, version: int) -> None:
+    """The engine holds the policy as it is now, which has taken `version` steps. All processes call it, once per version.
+
+    Of a sharded policy the first process hands over a whole copy, and the others None.
+    """
+    from prefopt.rollout.vllm import first_process
+    if not models.sharded:
+        engine.sync(models.policy, version)
+    elif first_process(lambda: engine.version != version):
+        engine.sync(whole_model(models.policy), version)
+
+
 def sampled(run: Run, engine, models, accelerator, program: Callable, groups: list[Group], keys: list[int],
             version: int) -> list[Group]:
-    """The groups with k responses each, sampled by the policy as it is now, which has taken `version` steps."""
+    """The groups with k responses each, sampled by the policy of this version, which the engine holds."""
     roll = run.rollout
-    engine.sync(models.policy, version)
     with accelerator.autocast():
-        made = program(engine, [g.prompt for g in groups], n=roll.k, seed=run.train.seed, keys=keys, version=version, **sampling_settings(roll))
+        made = program(engine, [g.prompt for g in groups], n=roll.k, seed=run.train.seed, keys=keys, version=version,
+                       **sampling_settings(roll))
     for old, new in zip(groups, made, strict=True):
         rows = [r for r in new.responses if r.train]
         if len(rows) != roll.k:
@@ -169,7 +186,8 @@ def program(run: Run, objective=None) -> Callable:
     if run.rollout.program is not None:
         name, arguments = named(run.rollout.program)
         found = parts.find(name, "prefopt.rollout.programs")
-        found = found(**arguments) if arguments else found
+        named_functions = {k: parts.find(v, "") for k, v in arguments.items() if isinstance(v, str) and ":" in v}
+        found = found(**arguments | named_functions) if arguments else found
     probes = objective is not None and not objective.whole_groups and "probe" in columns_read(objective.advantage)
     return programs.with_greedy(found) if probes else found
 
@@ -191,7 +209,9 @@ def updates(batch: Batch, run: Run, step: int) -> Iterator[Batch]:
     rng = np.random.default_rng((run.train.seed, step))
     for _ in range(roll.epochs):
         for chosen in np.array_split(rng.permutation(batch.groups), count // roll.epochs):
-            yield batch.select(torch.isin(batch.index, torch.from_numpy(chosen).to(batch.index.device)).nonzero().squeeze(1))
+            some = chosen if len(chosen) else np.arange(1)    # fewer groups than updates: a group that counts nothing
+            part = batch.select(torch.isin(batch.index, torch.from_numpy(some).to(batch.index.device)).nonzero().squeeze(1))
+            yield part if len(chosen) else part.with_columns(train=torch.zeros_like(part.index, dtype=torch.bool))
 
 
 def update_count(run: Run) -> int:
@@ -226,8 +246,9 @@ def check_rollout(run: Run, batch: Batch, measured_now: dict[str, float], exact:
             warnings.warn(f"sampler and trainer differ by up to {largest:.2g} in the log-probability of a sampled token: correct "
                           f"for it with set.correction: truncated", stacklevel=2)
     if measured_now.get("groups/contrast") == 0:
-        warnings.warn(f"at the first step all responses to each prompt have the same reward (mean {measured_now.get('reward', float('nan')):.3g}): "
-                      f"a group recipe learns nothing from them. Check the reward on the samples in out/rollouts", stacklevel=2)
+        mean = measured_now.get("reward", float("nan"))
+        warnings.warn(f"at the first step all responses to each prompt have the same reward (mean {mean:.3g}): a group recipe "
+                      f"learns nothing from them. Check the reward on the samples in out/rollouts", stacklevel=2)
 
 
 def evaluate(run: Run, data: Prompts, engine, score: Callable, models, accelerator, step: int, *,
@@ -236,6 +257,7 @@ def evaluate(run: Run, data: Prompts, engine, score: Callable, models, accelerat
     here = np.array_split(np.arange(len(data)), processes())[accelerator.process_index]
     own = run.model_copy(update={"rollout": run.rollout.model_copy(update={"k": run.rollout.eval_k})})
     found: list[Group] = []
+    sync(engine, models, step)
     for start in range(0, len(here), prompts):
         places = [int(i) for i in here[start:start + prompts]]
         groups = [Group(data[i].prompt, [], meta=dict(data[i].meta)) for i in places]

@@ -70,12 +70,27 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return processes() == 1 or dist.get_rank() == 0
+
+
 def total(x: Tensor) -> Tensor:
     """x summed over all processes (x itself when there is one). Every process must call it, also with zeros."""
     if processes() > 1:
-        x = x.clone()
-        dist.all_reduce(x)
+        here = x.device if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()   # nccl sums there alone
+        summed = x.to(here, copy=True)
+        dist.all_reduce(summed)
+        return summed.to(x.device)
     return x
+
+
+def most(count: int, device) -> int:
+    """The largest `count` of all processes."""
+    found = torch.tensor(count, device=device)
+    if processes() > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def gather(x: Tensor) -> tuple[Tensor, int]:

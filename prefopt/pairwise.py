@@ -15,7 +15,8 @@ from prefopt.margins import difference
 from prefopt.ops import upcast
 from prefopt.parts import Pairs, PartModule
 
-__all__ = ["Davidson", "apo_down", "aspect_logistic", "davidson", "discopop", "exo", "hinge", "logistic", "probit", "squared"]
+__all__ = ["Davidson", "apo_down", "aspect_logistic", "davidson", "discopop", "exo", "hinge", "logistic", "probit", "squared",
+           "squared_logits", "squared_rewards"]
 
 
 def logistic(margin) -> Pairs:
@@ -51,6 +52,46 @@ def squared(margin, *, goal) -> Pairs:
     tensor([1.])
     """
     return (margin - goal) ** 2
+
+
+def squared_rewards(margin, reward, *, beta=0.1) -> Pairs:
+    """Squared distance of the margin to the difference of rewards.
+
+    l_ij = (m_ij - (r_i - r_j) / beta)^2
+
+    beta        weight of the KL to the reference; EGPO 0.1, with `log_ratio(beta=1)`
+    Gradient    2 (m_ij - (r_i - r_j) / beta) through the margin only
+    Edge        symmetric, so that labels only say which pairs count; an unknown reward (NaN) stands as 0: leave its pairs out
+                with `by_reward`
+    Relations   rewards 1 and 0: `squared` with goal 1 / beta; over all pairs of a group, beta^2 times it: `listwise.copg`
+    Departs     -
+    Reference   Zhou et al., EGPO, arXiv:2503.08942; Gao et al., REBEL, arXiv:2404.16767
+
+    >>> squared_rewards(torch.tensor([[[0., 2.], [-2., 0.]]]), torch.tensor([[0.75, 0.25]]), beta=0.5)[0]
+    tensor([[0., 1.],
+            [1., 0.]])
+    """
+    return (margin - difference(upcast(reward).nan_to_num(nan=0.0)).to(margin.dtype) / beta) ** 2
+
+
+def squared_logits(margin, wins, *, beta=0.1, limit=1000.0) -> Pairs:
+    """Squared distance of the margin to the log-odds of winning, which is the score of a general preference model.
+
+    l_ij = (m_ij - logit(w_ij) / beta)^2,   the goal clamped to +-limit
+
+    beta        temperature; with `log_ratio(beta=1)`
+    limit       1000, as the source's switch
+    Gradient    2 (m_ij - goal) through the margin only
+    Edge        a certain win has the goal +limit: hard labels want `squared`; NaN, where nobody compared, stands as 1/2
+    Relations   `squared` with soft labels has the goal (w_ij - 1/2) / beta
+    Departs     -
+    Reference   Zhang et al., Beyond Bradley-Terry Models (GPO), arXiv:2410.02197
+
+    >>> squared_logits(torch.zeros(1, 2, 2), torch.tensor([[[.5, .75], [.25, .5]]]), beta=1.)[0, 0, 1]      # log(3)^2
+    tensor(1.2069)
+    """
+    goal = torch.logit(upcast(wins).nan_to_num(nan=0.5)) / beta
+    return (margin - goal.clamp(-limit, limit).to(margin.dtype)) ** 2
 
 
 def hinge(margin, *, delta=1.0) -> Pairs:

@@ -203,11 +203,13 @@ def from_spec(spec: object, module: str) -> Part | None:
     if not isinstance(part_name, str):
         raise ValueError(f"the name of a part is a string, found {part_name!r}")
     part = find(part_name, module)
-    if inspect.isclass(part):
-        return part(**checked(part_name, part, arguments or {}))
-    missing = [k for k, v in hyperparameters(part).items() if v is inspect.Parameter.empty and k not in (arguments or {})]
+    asked = {p.name: p.default for p in inspect.signature(part).parameters.values()} if inspect.isclass(part) else \
+        hyperparameters(part)
+    missing = [k for k, v in asked.items() if v is inspect.Parameter.empty and k not in (arguments or {})]
     if missing:
         raise ValueError(f"part {part_name!r} needs {', '.join(missing)}: write {{{part_name}: {{{missing[0]}: ...}}}}")
+    if inspect.isclass(part):
+        return part(**checked(part_name, part, arguments or {}))
     return partial(part, **checked(part_name, part, arguments)) if arguments else part
 
 

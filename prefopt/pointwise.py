@@ -4,6 +4,8 @@ A response is desirable where relevance > 1/2: a pair is 1/0, unpaired feedback 
 """
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -11,7 +13,7 @@ from prefopt.ops import log1mexp, masked, upcast
 from prefopt.parts import Rows, Tokens
 
 __all__ = ["aot_unpaired", "apo_zero", "aspect_error", "bco", "cross_entropy", "kto", "linearised", "nca", "ordinal",
-           "squared_error", "squared_goal", "step_cross_entropy", "weighted_cross_entropy"]
+           "squared_error", "squared_goal", "squared_reward", "step_cross_entropy", "weighted_cross_entropy"]
 
 
 def kto(score, relevance, baseline, *, desirable=1.0, undesirable=1.0) -> Rows:
@@ -103,6 +105,27 @@ def squared_goal(score, relevance, *, goal) -> Rows:
     tensor([[0., 4.]])
     """
     return (score - goal * torch.where(relevance > 0.5, 1.0, -1.0).to(score.dtype)) ** 2
+
+
+def squared_reward(score, reward, *, beta=1e-3, centre=0.5, limit=math.inf) -> Rows:
+    """Squared distance of the score to a scaled reward.
+
+    l = (s - (r - centre) / beta)^2,   the goal clamped to +-limit
+
+    beta        inverse step size; SPPO 1e-3, with `log_ratio(beta=1)`
+    centre      the mean reward, which stands for log Z: 1/2 of win rates against the policy itself, 0 of antisymmetric scores
+    limit       inf; GPO 1000
+    Gradient    2 (s - goal) through s only
+    Edge        an unknown reward (NaN) stands as the centre: leave the row out with `rewarded_rows`
+    Relations   r = 1 and 0 with centre 1/2: `squared_goal` with goal 1 / (2 beta)
+    Departs     -
+    Reference   Wu et al., SPPO, arXiv:2405.00675; Zhang et al., GPO, arXiv:2410.02197
+
+    >>> squared_reward(torch.tensor([[1., 1.]]), torch.tensor([[0.75, 0.5]]), beta=0.25)
+    tensor([[0., 1.]])
+    """
+    goal = (upcast(reward).nan_to_num(nan=centre) - centre) / beta
+    return (score - goal.clamp(-limit, limit).to(score.dtype)) ** 2
 
 
 def squared_error(score, relevance) -> Rows:
@@ -277,6 +300,11 @@ def linearised(score, tangent) -> Rows:
 def observed_rows(rewards, real, *, aspect) -> Rows:
     """1 for compared rows that are labelled on that aspect."""
     return (real & ~torch.isnan(rewards[..., aspect])).double()
+
+
+def rewarded_rows(reward, real) -> Rows:
+    """1 for compared rows whose reward is known."""
+    return (real & ~torch.isnan(reward)).double()
 
 
 def step_tokens(step_label, mask, real) -> Tokens:

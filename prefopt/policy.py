@@ -73,7 +73,8 @@ class PolicyObjective:
     outputs = 0
     bounded = True
     home = {"shaping": ("prefopt.shaping",), "keep": ("prefopt.keeps",),
-            "advantage": ("prefopt.advantages", "prefopt.divergences"), "credit": ("prefopt.credits",), "normalise": ("prefopt.normalisers",), "ratio": ("prefopt.ratios",),
+            "advantage": ("prefopt.advantages", "prefopt.divergences"), "credit": ("prefopt.credits",),
+            "normalise": ("prefopt.normalisers",), "ratio": ("prefopt.ratios",),
             "surrogate": ("prefopt.surrogates",), "weight": ("prefopt.token_weights",),
             "penalties": ("prefopt.penalties", "prefopt.critics"), "reduce": ("prefopt.reductions",),
             "reward_at": ("prefopt.token_rewards",), "accept": ("prefopt.accepts",), "correction": ("prefopt.corrections",),

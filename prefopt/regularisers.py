@@ -10,7 +10,7 @@ from prefopt.ops import log_ratios, masked, masked_mean, masked_sum, upcast
 from prefopt.parts import Lists, Pairs, Rows, Tokens
 
 __all__ = ["best_mean_nll", "best_nll", "centring", "interaction", "k3_old", "l1_kl_mask", "l1_reward_mask",
-           "least_spread", "online_kl", "rationale_logsigmoid", "rationale_nll", "tied_outputs", "token_nll"]
+           "least_spread", "online_kl", "optimism", "rationale_logsigmoid", "rationale_nll", "tied_outputs", "token_nll"]
 
 
 def best_share(relevance, real):
@@ -113,6 +113,23 @@ def online_kl(logp, logp_ref, mask, online) -> Lists:
     k = online.sum(-1, keepdim=True)
     advantage = kappa - (kappa.sum(-1, keepdim=True) - kappa) / (k - 1).clamp(min=1)
     return torch.where(online, advantage * masked_sum(logp, mask), 0.0).sum(-1) / k.squeeze(-1).clamp(min=1)
+
+
+def optimism(logp, mask, from_reference) -> Rows:
+    """Log-likelihood of the reference's own responses, which exploration lowers.
+
+    l = sum_t log pi_t of rows that the reference sampled
+
+    Gradient    1 through logp of these rows
+    Edge        no lower bound: keep its weight tiny. Other rows give 0 and are not counted (`reference_rows`)
+    Relations   minus the negative log-likelihood, whoever won the pair
+    Departs     -
+    Reference   Xie et al., Exploratory Preference Optimization, arXiv:2405.21046; TRL 0.x `xpo`
+
+    >>> optimism(torch.tensor([[[-1., -2.], [-3., -3.]]]), torch.ones(1, 2, 2), torch.tensor([[True, False]]))
+    tensor([[-3.,  0.]])
+    """
+    return torch.where(from_reference.bool(), masked_sum(logp, mask), 0.0)
 
 
 def rationale_nll(logp, mask, rationale) -> Rows:
@@ -269,6 +286,11 @@ def online_groups(online) -> Lists:
 def rationale_rows(rationale) -> Rows:
     """1 for rows that hold a rationale."""
     return rationale.bool().double()
+
+
+def reference_rows(from_reference, real) -> Rows:
+    """1 for compared rows that the reference sampled."""
+    return (from_reference.bool() & real).double()
 
 
 def contrast_groups(contrast) -> Lists:

@@ -16,7 +16,8 @@ from prefopt.parts import PartModule
 
 __all__ = ["RewardHead", "alpha_divergence", "expected_grade", "forward_kl", "head", "jensen_shannon", "length_desensitised",
            "log_likelihood", "log_odds", "log_ratio", "lowest_step", "mean_log_ratio", "mean_logp", "mean_output",
-           "output", "scaled_reference", "token_masked"]
+           "output", "scaled_reference", "token_masked",
+           "two_anchors"]
 
 
 def log_ratio(logp, logp_ref, mask, *, beta=0.1) -> Tensor:
@@ -227,6 +228,26 @@ def token_masked(logp, logp_ref, mask, reward_mask, kl_mask, token_kl, *, beta=0
     """
     rho, kl = log_ratios(logp, logp_ref, mask), masked(token_kl, mask)
     return beta * (masked(reward_mask, mask) * rho + masked(kl_mask, mask) * kl).sum(-1)
+
+
+def two_anchors(logp, logp_ref, logp_old, mask, *, beta=1.0, anchor=1 / 3) -> Tensor:
+    """Log-ratio to the geometric mixture of the reference and the policy that the responses were sampled from.
+
+    s = beta sum_t [log pi_t - anchor log pi_ref_t - (1 - anchor) log pi_old_t]
+
+    beta        scale; 1 for a squared loss
+    anchor      weight of the reference; INPO's tau / eta, 1/3
+    Gradient    through logp only
+    Edge        an empty response scores 0
+    Relations   anchor = 1 is `log_ratio`; so is pi_old = pi_ref
+    Departs     -
+    Reference   Zhang et al., Iterative Nash Policy Optimization, arXiv:2407.00617
+
+    >>> two_anchors(torch.tensor([[-1.]]), torch.tensor([[-4.]]), torch.tensor([[-2.]]), torch.ones(1, 1), anchor=0.5)
+    tensor([2.])
+    """
+    to_ref, to_old = (log_ratios(logp, other, mask).sum(-1) for other in (logp_ref, logp_old))
+    return beta * (anchor * to_ref + (1 - anchor) * to_old)
 
 
 def head(outputs) -> Tensor:

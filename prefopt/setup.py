@@ -13,6 +13,7 @@ from prefopt import folder
 from prefopt.config import Run
 from prefopt.forward import frozen_models, needs_critic
 from prefopt.models import Head, Models, Trunk, frozen_copy, head_of, load_policy, load_tokenizer, prepare_padding
+from prefopt.sharding import check_launch, shard
 
 
 def accelerator(run: Run):
@@ -23,6 +24,7 @@ def accelerator(run: Run):
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    check_launch(run.train.shard)
     AcceleratorState._reset_state(reset_partial_state=True)   # an earlier run may have had another precision or device
     if absent := [tracker for tracker in run.log if find_spec(tracker) is None]:
         raise ImportError(f"log asks for {absent[0]}, which is not installed: pip install {absent[0]}, or leave it out")
@@ -54,22 +56,29 @@ def tokenizer(run: Run, objective):
 
 
 def load_models(run: Run, objective, tokenizer, checkpoint: Path | None, device, cached: Collection[str] = ()) -> Models:
-    """The policy (from the checkpoint when resuming), and the reference where a column that is not `cached` needs it."""
+    """The policy (from the checkpoint when resuming), and the reference where a column that is not `cached` needs it.
+
+    Sharded models are read on the CPU, and go to the device share by share.
+    """
+    place = "cpu" if run.train.shard else device
     own, moves = run.policy.model_dump(), objective.reference.moves
     head = head_of(objective)
     policy = load_policy(**{**own, "name": str(checkpoint / "model"), "revision": None, "lora": None} if checkpoint else own,
                          head=head)
     if head.outputs:
         prepare_padding(tokenizer, policy)
-    policy.to(device)
+    policy.to(place)
     if not frozen_models(objective.reads().difference(cached)) or (has_adapters(run) and not moves):
         reference = None                                      # the policy with its fresh adapters off, where it has them
     elif run.reference is None and (moves or not checkpoint):
         reference = frozen_copy(policy)                       # a checkpoint knows where it has moved to
     else:
-        reference = load_reference(run, device).policy
-    critic = load_critic(run, checkpoint, device) if needs_critic(objective.reads()) else None
-    models = Models(policy, reference, tokenizer, critic, run.rollout.temperature if run.rollout else 1.0)
+        reference = load_reference(run, place).policy
+    critic = load_critic(run, checkpoint, place) if needs_critic(objective.reads()) else None
+    if run.train.shard:
+        for model in filter(None, (policy, reference, critic)):
+            shard(model, device)
+    models = Models(policy, reference, tokenizer, critic, run.rollout.temperature if run.rollout else 1.0, run.train.shard)
     for module in objective.modules():
         module.setup(layers=models.policy_model().layer_count, width=models.policy_model().width)
         module.to(device)

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from data_tools.batch import Batch
 from prefopt import checkpoints, folder, online, setup
@@ -28,6 +29,7 @@ from prefopt.held_out import evaluate, evaluating, judge
 from prefopt.models import Models
 from prefopt.ops import processes, total
 from prefopt.setup import load_models, load_reference, optimization, sampling, seed
+from prefopt.sharding import clip, evened
 from prefopt.sources import Dataset, Online
 
 
@@ -72,7 +74,7 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
             data, held_out = folder.cache_reference(run, (data, held_out), partial(load_reference, run, accelerator.device),
                                                     accelerator.autocast)
     models = load_models(run, objective, tokenizer, checkpoint, accelerator.device, cached)
-    engine = online.sampler(run, models, tokenizer) if run.rollout else None
+    engine = online.sampler(run, models, tokenizer) if run.rollout and online.samples(run) else None
     scorer = online.scorer(run) if run.rollout and score is None else None
     score = score or scorer
     source = source_of(run, data, models, tokenizer, objective, accelerator, engine, score)
@@ -102,6 +104,8 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
         while progress["step"] < steps and not (progress["stopped"] or interrupted):
             started, step = time.perf_counter(), progress["step"] + 1
             seed(settings.seed, step, accelerator.process_index)
+            if run.rollout and not run.rollout.recorded:
+                online.sync(engine, models, step - 1)
             batch, other = next(batches)
             batch = batch.to(accelerator.device)
             wanted = frozen | ({"logp_old"} if step == 1 and run.rollout else set())      # to compare sampler and trainer
@@ -127,16 +131,17 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
                 def gradient(part=part, step=step, logs=logs) -> dict[str, float]:
                     optimizer.zero_grad()
                     sums: dict[str, Tensor] = {}
-                    for micro in part.microbatches(**sizes):
+                    for micro, counts in evened(part.microbatches(**sizes), models.sharded, accelerator.device):
                         with accelerator.autocast():
                             micro = forward(models, micro, reads | ({"entropy"} if logs and run.rollout else set()))
                         loss = objective.loss(micro)
-                        accelerator.backward(loss.value)
-                        add(sums, {"loss": loss.value.detach(), **(loss.metrics if logs else {})})
+                        accelerator.backward(loss.value if counts else 0 * loss.value)
+                        if counts:
+                            add(sums, {"loss": loss.value.detach(), **(loss.metrics if logs else {})})
                     add_over_processes(parameters)
                     accelerator.unscale_gradients(optimizer)
                     for owner, own in owners.items():
-                        sums[owner] = nn.utils.clip_grad_norm_(own, settings.clip or float("inf"))
+                        sums[owner] = clip(own, settings.clip or float("inf"))
                     values = logged(sums)
                     check_finite(values, step, out, scaled=accelerator.scaler is not None)
                     return values
@@ -165,12 +170,13 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
             bar(step, tokens, progress["last"])
             done, interrupted = bool(progress["stopped"]) or step == steps, stopping()
             due = settings.save_every and (done or step % settings.save_every == 0)
-            if accelerator.is_main_process and (due or interrupted and not done):
+            if due or interrupted and not done:
                 here = out / "checkpoints" / f"step-{step:08d}"
                 checkpoints.write(here, model=models.policy, tokenizer=tokenizer, progress=progress, **saved)
-                checkpoints.prune(out / "checkpoints", settings.keep)
+                if accelerator.is_main_process:
+                    checkpoints.prune(out / "checkpoints", settings.keep)
     finished = bool(progress["stopped"]) or progress["step"] >= steps
-    if finished and accelerator.is_main_process:
+    if finished:
         checkpoints.save_model(models.policy, tokenizer, out / "model", objective, folder.card(run))
     for helper in filter(None, (engine, scorer)):
         helper.close()
@@ -189,10 +195,11 @@ def add(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 def add_over_processes(parameters) -> None:
-    """Sum gradients over processes; losses are already weighted for the whole step. What was not used has gradient 0."""
+    """Sum gradients over processes, but for those of divided layers, which are summed already; losses are weighted for the
+    whole step. What was not used has gradient 0."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if processes() > 1:
+        if processes() > 1 and not isinstance(p, DTensor):
             dist.all_reduce(p.grad)
 
 

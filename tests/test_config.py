@@ -100,6 +100,12 @@ WRONG = {
     # what does not go together
     "set: {ranking: squared}": "part 'squared' needs goal: write {squared: {goal: ...}}",
     "set: {score: null}": "set.score cannot be empty",
+    "{recipe: grpo, set: {annotations: {coefficient: AdaptiveEntropy}}}": "part 'AdaptiveEntropy' needs target: write",
+    "{recipe: grpo, set: {shaping: overlong}}": "part 'overlong' needs limit, buffer: write",
+    "{recipe: grpo, set: {penalties: [{k3: {weight: much}}]}}": "weight of k3 must be a number, found 'much'",
+    "{recipe: grpo, set: {advantage: zscor}}": "no advantage 'zscor', did you mean 'zscore'",
+    "{recipe: grpo, set: {score: log_ratio}}": "recipe 'grpo' has no argument or slot 'score'",
+    "{recipe: bnpo, set: {least: 1.0}}": "least must be below most=1.0, found 1.0",
     "set: {pair_weight: on_policy, ranking: list_mle}": "pair_weight 'on_policy' needs a pairwise ranking, and 'list_mle'",
     "{recipe: wpo, set: {ranking: bco}}": "pair_weight 'on_policy' needs a pairwise ranking, and 'bco' is one of rows",
     "train: {patience: 2}": "train.patience stops early on a held-out metric: set data.eval",
@@ -207,12 +213,12 @@ def every_spec():
     given = {"goal": 0.7, "gamma": 0.7, "label_smoothing": 0.1, "flip": 0.2, "limit": 9, "buffer": 4, "low": 0.2, "high": 0.8,
              "length": 7, "target": 1.5}
     empty = inspect.Parameter.empty
-    for slot, homes in HOMES.items():
-        for home, part in ((home, part) for home in homes for part in import_module(home).__all__):
-            found = find(part, home)
-            asked = defaults(found).items() if inspect.isclass(found) else hyperparameters(found).items()
-            kept = {k: given[k] if v is empty else v for k, v in asked if v is empty or not inspect.isclass(found)}
-            yield pytest.param(slot, home, {part: kept} if kept else part, id=f"{slot}-{part}")
+    known = [(slot, home, part) for slot, homes in HOMES.items() for home in homes for part in import_module(home).__all__]
+    for slot, home, part in known:
+        found = find(part, home)
+        asked = defaults(found).items() if inspect.isclass(found) else hyperparameters(found).items()
+        kept = {k: given[k] if v is empty else v for k, v in asked if v is empty or not inspect.isclass(found)}
+        yield pytest.param(slot, home, {part: kept} if kept else part, id=f"{slot}-{part}")
 
 
 @pytest.mark.parametrize("slot, home, spec", every_spec())
@@ -242,7 +248,7 @@ def test_parts_of_recipes_survive_yaml(recipe):
     for slot, spec in specs.items():
         assert spec_of(getattr(again, slot)) == spec, slot
     assert again.reference == objective.reference
-    for slot, term in ((slot, term) for slot in terms for term in getattr(objective, slot).values()):
+    for slot, term in ((s, term) for s in terms for term in getattr(objective, s).values()):
         spec = to_spec(part := getattr(term, "part", term))
         if name(part) in explain.parts_of(slot) and not isinstance(part, torch.nn.Module):
             added = assemble(recipe, {slot: yaml.safe_load(yaml.safe_dump([spec]))})

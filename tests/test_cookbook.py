@@ -23,7 +23,6 @@ from prefopt.models import Head, Models
 ROOT = Path(__file__).parents[1]
 COOKBOOK = ROOT / "cookbook"
 RUN_FILES = sorted(COOKBOOK.rglob("*.yaml"))
-TOY_FILES = sorted(COOKBOOK.glob("*/toy.yaml"))
 SCRIPTS = sorted(path for path in COOKBOOK.glob("*/*.py") if "--toy" in path.read_text())
 PAGES = sorted([ROOT / "README.md", *COOKBOOK.rglob("*.md")])
 
@@ -91,15 +90,6 @@ def test_toy_scripts_meet_their_expectations(path, tmp_path):
     assert list(tmp_path.glob("*.json"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", TOY_FILES, ids=shown)
-def test_toy_runs_meet_their_expectations(path, tmp_path):
-    from prefopt.train import train
-    run = config.load(path, [f"out={tmp_path / 'run'}", f"data.cache={tmp_path / 'cache'}"])
-    assert run.expect
-    assert train(run, show=False).failed == ()
-
-
 # ------------------------------------------------------------------------------------------------------------- quickstart
 def test_the_careless_writer(monkeypatch):
     """Right with probability ((1/2 + 1/2 0.35) 0.8)^2 but for totals that leave 0..2 largest or cancel; and 0.3 boast.
@@ -112,23 +102,23 @@ def test_the_careless_writer(monkeypatch):
     asked = [task.problem(rng, task.Table()) for _ in range(n)]
     assert all(0 <= total <= 12 for one in asked for total in one.totals)
     answers = [task.careless(one, rng) for one in asked]
-    right = [task.right(one, Response(text, meta={"finished": True})) for one, text in zip(asked, answers, strict=True)]
+    right = [task.right(text, True, 2, one.totals[-1]) for one, text in zip(asked, answers, strict=True)]
     losses = [sum(verb in task.LOSSES for verb, _ in one.events) for one in asked]
     expected = sum(0.64 * 0.35 ** k for k in losses) / n
     assert abs(sum(right) / n - expected) < 0.03
     assert abs(sum(text.endswith("sure !") for text in answers) / n - 0.3) < 0.03
-    assert all(task.right(one, Response(task.careless(one, rng, misread=0, slip=0), meta={"finished": True}))
-               for one in asked[:200])
+    assert all(task.right(task.careless(one, rng, misread=0, slip=0), True, 2, one.totals[-1]) for one in asked[:200])
 
 
 def test_the_verifier_is_strict(monkeypatch):
     task = script("quickstart/task.py", monkeypatch)
     asked = task.Problem("Ida", "coins", 5, (("loses", 3), ("buys", 1)))
     assert asked.prompt == "Ida has 5 coins . Ida loses 3 . Ida buys 1 . How many coins are left ?"
-    assert asked.totals == [5, 2, 3]
+    assert asked.totals == [5, 2, 3] and asked.record() == {"prompt": asked.prompt, "events": 2, "total": 3}
 
     def right(text, finished=True):
-        return task.right(asked, Response(text, meta={"finished": finished}))
+        marked, = task.mark([asked], [Group(asked.prompt, [Response(text, meta={"finished": finished})])])
+        return marked.relevance == [1.0]
 
     assert right("5 - 3 = 2 ; 2 + 1 = 3 ; answer 3") and right("5 - 3 = 2 ; 2 + 1 = 3 ; answer 3 sure !")
     for wrong in ("5 + 3 = 8 ; 8 + 1 = 9 ; answer 9", "5 - 3 = 2 ; 2 + 1 = 3 ; answer 4", "answer 3", "",
@@ -164,9 +154,9 @@ def test_warm_up_trains_answers_and_their_end(monkeypatch):
 
 
 def test_preferences_pair_right_with_wrong(monkeypatch):
-    """Three right and two wrong answers give two pairs, all right ones none; what is asked of DPO can fail."""
+    """Three right and two wrong answers give two pairs, all right ones none."""
     run = script("quickstart/run.py", monkeypatch)
-    task, rate = sys.modules["task"], run.Rate
+    task = sys.modules["task"]
     one = task.Problem("Ida", "coins", 5, (("loses", 3), ("buys", 1)))
     good, bad = "5 - 3 = 2 ; 2 + 1 = 3 ; answer 3", "5 + 3 = 8 ; 8 + 1 = 9 ; answer 9"
     texts = [[good, bad, good, bad, good], [good] * 5]
@@ -176,10 +166,113 @@ def test_preferences_pair_right_with_wrong(monkeypatch):
     pairs = run.preferences(None, None, [one, one], n=5)
     assert [[r.tokens for r in pair.responses] for pair in pairs] == [[[0], [1]], [[2], [3]]]
     assert all(pair.relevance == [1.0, 0.0] and pair.prompt == one.prompt for pair in pairs)
-    before = {"sampled": rate(300, 1000)}
-    assert run.too_little(before, {"sampled": rate(450, 1000)}, 0.1499) == []
-    assert run.too_little(before, {"sampled": rate(449, 1000)}, 0.15) == \
-        ["sampled accuracy rose by 0.149, expected at least 0.15"]
+
+
+def test_the_rule_of_the_smaller_answer(tmp_path, monkeypatch):
+    """Of four pairs two have the smaller answer chosen, one the larger, one none at all."""
+    run = script("quickstart/run.py", monkeypatch)
+    pairs = [("answer 3", "answer 12 sure !"), ("answer 0", "answer 1"), ("answer 9", "answer 8"), ("answer 3", "3 =")]
+    lines = [{"prompt": "?", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run.smaller_is_right(tmp_path / "pairs.jsonl") == run.Rate(2, 4)
+
+
+def test_the_verifier_is_the_reward_of_the_run_files(monkeypatch):
+    """What grpo.yaml names finds its fields in a line of the prompt file."""
+    from rewards.online import Scorer
+    task = script("quickstart/task.py", monkeypatch)
+    one = task.Problem("Ida", "coins", 5, (("loses", 3), ("buys", 1)))
+    facts, texts = one.record(), ("5 - 3 = 2 ; 2 + 1 = 3 ; answer 3", "5 + 3 = 8 ; 8 + 1 = 9 ; answer 9")
+    group = Group(facts.pop("prompt"), [Response(text, meta={"finished": True}) for text in texts], meta=facts)
+    Scorer(config.load(COOKBOOK / "quickstart/grpo.yaml").rollout.rewards)([group])
+    assert [r.scores for r in group.responses] == [{"right": 1.0, "reward": 1.0}, {"right": 0.0, "reward": 0.0}]
+
+
+def test_the_true_reward_beside_the_proxy_has_no_weight(monkeypatch):
+    """Only the reward model trains; the two files differ in the KL and the folder alone."""
+    task = script("quickstart/task.py", monkeypatch)
+    from rewards.online import named_rewards
+    free, held = (config.load(COOKBOOK / f"quickstart/grpo_proxy{kl}.yaml") for kl in ("", "_kl"))
+    assert free.rollout == held.rollout and free.train == held.train and (free.set, held.set) == ({}, {"beta": 1.0})
+    model, truth = free.rollout.rewards
+    assert list(model.values()) == [{"as": "proxy"}]
+    (function, weight), = named_rewards([truth]).values()
+    assert weight == 0 and function.__qualname__ == task.right.__qualname__ and list(named_rewards([truth])) == ["truth"]
+
+
+@pytest.mark.parametrize("toy", [False, True])
+def test_run_files_of_the_quickstart_go_where_they_are_told(toy, tmp_path, monkeypatch):
+    """Nothing in them points to the default folder any more; every recipe of recipes.py loads as itself."""
+    recipes_of = script("quickstart/recipes.py", monkeypatch)
+    run = sys.modules["run"]
+    size = run.TOY if toy else run.Size()
+    assert set(size.settings) <= {path.stem for path in (COOKBOOK / "quickstart").glob("*.yaml")}
+    for path in (COOKBOOK / "quickstart").glob("*.yaml"):
+        found = run.run_file(path.stem, tmp_path, 3, size)
+        assert "runs/quickstart" not in repr(found) and found.train.seed == 3 and found.out == str(tmp_path / path.stem)
+        assert config.load(tmp_path / path.name).recipe == found.recipe
+    for name, settings in recipes_of.RECIPES.items():
+        found = run.run_file("grpo", tmp_path, 0, size, *settings)
+        assert found.recipe == name and found.rollout.rewards == ["cookbook.quickstart.task:right"]
+
+
+def test_promises_of_the_quickstart_can_break(tmp_path, monkeypatch):
+    run = script("quickstart/run.py", monkeypatch)
+    size = run.Size()
+
+    def broken(proxy, truth, **right):
+        (tmp_path / "grpo_proxy").mkdir(exist_ok=True)
+        lines = [{"step": n, "reward/proxy": p, "reward/truth": t} for n, (p, t) in enumerate(zip(proxy, truth, strict=True), 1)]
+        (tmp_path / "grpo_proxy/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        shares = {"warmup": 300, "dpo": 450, "grpo": 900, "grpo_proxy": 100, "grpo_proxy_kl": 350, **right}
+        return run.broken_promises({k: {"sampled": run.Rate(v, 1000)} for k, v in shares.items()}, tmp_path, size)
+
+    assert broken((-1, 1), (0.3, 0.1)) == []
+    assert broken((-1, 1), (0.3, 0.1), dpo=449) == ["DPO adds at least 0.15, found +0.149"]
+    assert broken((-1, 1), (0.3, 0.1), grpo=899) == ["GRPO reaches at least 0.9, found 0.899"]
+    assert broken((1, -1), (0.3, 0.1)) == ["without KL the proxy rises, found 1.00 to -1.00"]
+    assert broken((-1, 1), (0.3, 0.1), grpo_proxy=301)[0].startswith("without KL the truth falls, found 0.30 to 0.10")
+    assert broken((-1, 1), (0.1, 0.3))[0].startswith("without KL the truth falls, found 0.10 to 0.30")
+    assert broken((-1, 1), (0.3, 0.1), grpo_proxy_kl=99) == ["with KL more of the truth is left, found 0.099"]
+
+
+# ------------------------------------------------------------------------------------------------------------- gsm8k_grpo
+def gsm8k(path: Path, count: int) -> Path:
+    lines = [{"question": f"Ada has {n} nuts and finds {n}. How many?",
+              "answer": f"{n} + {n} = <<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}"} for n in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_gsm8k_prompts(tmp_path):
+    """The reference decides between right and wrong answers, boxed or not; three of ten demonstrations are boxed."""
+    from cookbook.gsm8k_grpo import prepare, toy
+    from rewards.verifiable import final_answer, has_boxed
+    records = list(prepare.prompts(str(gsm8k(tmp_path / "rows.jsonl", 400))))
+    asked, = records[7]["prompt"]
+    assert asked == {"role": "user", "content": f"Ada has 7 nuts and finds 7. How many?\n{prepare.INSTRUCTION}"}
+    assert final_answer("It is \\boxed{14}.", records[7]["reference"]) == final_answer("so 14", records[7]["reference"]) == 1
+    assert final_answer("It is \\boxed{15}.", records[7]["reference"]) == 0
+    said = [(one.responses[0].text, record["reference"]) for one, record in zip(toy.answers(records), records, strict=True)]
+    assert all(final_answer(*pair) == 1 for pair in said)
+    assert abs(sum(has_boxed(text) for text, _ in said) / 400 - 0.3) < 0.07            # 3 standard deviations
+    assert toy.short(str(tmp_path / "rows.jsonl"), letters=1) == []
+
+
+def test_the_toy_of_gsm8k_takes_the_path_of_the_real_run():
+    real, small = (config.load(COOKBOOK / f"gsm8k_grpo/{name}.yaml") for name in ("run", "toy"))
+    assert (real.recipe, real.rollout.rewards, real.rollout.k) == (small.recipe, small.rollout.rewards, small.rollout.k)
+    assert real.train.save_every and small.train.save_every and real.expect and small.expect
+
+
+@pytest.mark.slow
+def test_the_toy_of_gsm8k_meets_its_expectations(tmp_path, capsys):
+    from cookbook.gsm8k_grpo import toy
+    folder = ROOT.parent / "shared" / "data" / "gsm8k"
+    if not folder.is_dir():
+        pytest.skip("no GSM8K beside the project")
+    result = toy.run(tmp_path, {name: str(folder / f"{name}.jsonl.gz") for name in ("train", "test")})
+    assert result.failed == () and result.metrics["eval/reward/has_boxed"] >= 0.8
 
 
 # ---------------------------------------------------------------------------------------------------------------- hh_rlhf

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from loop_cases import go, lines, lists, outcome, pairs, plan, together, workplace
+from loop_cases import ROLLOUT, go, lines, lists, outcome, pairs, plan, together, workplace
 from safetensors.torch import load_file
 from tiny_models import Float64
 
@@ -152,6 +152,35 @@ def test_processes_that_form_no_group(home, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched .* launch them with torchrun or accelerate launch"):
         train(plan(home / "lists", "dpo", "alone"), show=False)
+
+
+# a sampled response has the same noise whichever process samples it; advantages are those of all groups
+SAMPLED = {"grpo": {"set.beta": 0.1}, "reinforce_plus_plus": {}, "bnpo": {"set.most": 5.0}, "gpg": {}, "rloo": {"set.beta": 0.1},
+           "ppo_adaptive": {"set.horizon": 40}, "remax": {}, "kl_cov": {"rollout": {**ROLLOUT, "epochs": 2}}}
+
+
+def sample(home: Path, out: str) -> None:
+    for recipe, settings in SAMPLED.items():
+        with Float64():
+            go(home / "pairs", recipe, f"{out}-{recipe}", **{
+                "rollout": ROLLOUT, **RAGGED, "policy.dtype": "float64", "train.steps": 3, "train.eval_every": 3,
+                "train.save_every": None, **settings})
+
+
+def work_online(rank: int, home: Path) -> None:
+    sample(home, "sampled-two")
+
+
+@pytest.mark.slow
+def test_two_processes_sample_and_train_as_one(home):
+    together(2, work_online, home)
+    sample(home, "sampled-one")
+    for recipe in SAMPLED:
+        places = [home / "pairs" / f"sampled-{n}-{recipe}" for n in ("one", "two")]
+        for one, both in zip(*map(lines, places), strict=True):
+            assert both == pytest.approx(one, rel=1e-9, abs=1e-9), recipe
+        one, both = (load_file(place / "model" / "model.safetensors") for place in places)
+        torch.testing.assert_close(both, one, rtol=1e-7, atol=1e-9, msg=lambda m, recipe=recipe: f"{recipe}: {m}")
 
 
 @pytest.mark.slow

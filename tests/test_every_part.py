@@ -21,7 +21,8 @@ EVERY = pytest.mark.parametrize("key", HOMES)
 
 REQUIRED = {"overlong": dict(limit=6, buffer=4), "clipped": dict(low=0.2, high=0.7), "share_between": dict(low=0.2, high=0.7),
             "fixed_length": dict(length=7), "fixed_total": dict(length=7), "AdaptiveEntropy": dict(target=1.0),
-            "covariance_top": dict(share=0.1), "covariance_band": dict(share=0.1, low=0.1), "shifted": dict(gamma=0.3), "squared": dict(goal=0.7), "squared_goal": dict(goal=0.7),
+            "covariance_top": dict(share=0.1), "covariance_band": dict(share=0.1, low=0.1), "shifted": dict(gamma=0.3),
+            "squared": dict(goal=0.7), "squared_goal": dict(goal=0.7),
             "smooth": dict(label_smoothing=0.2), "unflip": dict(flip=0.2), "Thresholds": dict(levels=6)}
 PAIRS = {"match_margins", "match_scores"}                     # groups of two
 CONTROLLERS = ("AdaptiveKL", "AdaptiveEntropy")
@@ -102,7 +103,8 @@ def inputs(key: str, *, seed=0, dtype=torch.float64, b=B, k=K, t=T, full=False) 
         "entropy": uniform(t), "noise": uniform(t), "coefficient": uniform(), "selected": mask & (uniform(t) < 0.4),
         "advantage": (4 * uniform(t) - 2) * mask, "log_ratio": (2 * uniform(t) - 1) * mask, "finished": uniform() < 0.7,
         "response_advantage": 2 * uniform() - 1, "reward_at": uniform(t) * mask, "length": mask.sum(-1),
-        "step_reward": torch.where(uniform(t) < 0.5, math.nan, uniform(t)), "probe": real & (uniform() < 0.4) if len(lead) > 1 else None}
+        "step_reward": torch.where(uniform(t) < 0.5, math.nan, uniform(t)),
+        "probe": real & (uniform() < 0.4) if len(lead) > 1 else None}
     read = columns_read(part_of(key)[1])
     return [x.to(dtype) if x.is_floating_point() and name != "terms" else x for name, x in
             ((name, made[name]) for name in read)]

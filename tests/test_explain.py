@@ -101,7 +101,8 @@ def test_tables_show_their_base_and_what_differs_from_it():
     table = explain.table("grpo")
     assert set(table) == set(ON_POLICY)
     assert table["grpo"]["advantage"] == "zscore" and table["grpo"]["reduce"] == "sequence_mean"
-    assert {k: v for k, v in table["gspo"].items() if v} == {"ratio": "sequence_token", "surrogate": "clip(low=0.0003, high=0.0004)"}
+    assert {k: v for k, v in table["gspo"].items() if v} == {"ratio": "sequence_token",
+                                                             "surrogate": "clip(low=0.0003, high=0.0004)"}
 
 
 def test_themes_hold_every_recipe_once():

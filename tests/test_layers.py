@@ -12,8 +12,8 @@ PACKAGES = ("data_tools", "prefopt", "rewards")
 FILES = [f for package in PACKAGES for f in sorted((ROOT / package).rglob("*.py"))]
 MATHS = ["ops", "parts", "scores", "margins", "label_rules", "pairwise", "pointwise", "listwise", "pair_weights",
          "reductions", "regularisers", "annotations", "masks", "references", "diagnose", "objectives", "accepts", "advantages",
-         "corrections", "credits", "critics", "divergences", "keeps", "normalisers", "penalties", "policy", "ratios", "selections",
-         "shaping", "surrogates", "token_rewards", "token_weights"]
+         "corrections", "credits", "critics", "divergences", "keeps", "normalisers", "penalties", "policy", "ratios",
+         "selections", "shaping", "surrogates", "token_rewards", "token_weights"]
 
 
 def module_name(file: Path) -> str:

@@ -256,6 +256,29 @@ def test_recipes_run(place, recipe, changes):
         assert result.metrics["gap/rollout"] < 1e-5           # both sides divide the logits
 
 
+TURNS = {"conversation": {"step": "test_online:ask_again", "turns": 2}}
+
+
+def ask_again(messages):
+    """A user who asks once more, then is silent."""
+    return [{"role": "user", "content": "w7 w8"}] if len(messages) < 3 else None
+
+
+def test_several_turns(place, tmp_path):
+    """What the user says in between is in the response and trains nothing; the trainer agrees with the sampler on the rest."""
+    write(tmp_path / "talks.jsonl", [{"prompt": [{"role": "user", "content": f"w{i} w{i + 1} "}]} for i in range(6)])
+    result = go(place, "grpo", "talks", rollout={**ROLLOUT, "stop": ["w1"], "program": TURNS},
+                **{"data.train": str(tmp_path / "talks.jsonl"), "train.steps": 1, "train.eval_every": None, "data.eval": None,
+                   "train.tokens": 200})
+    assert result.metrics["gap/rollout"] < 1e-5
+    groups = [Group.from_json(json.loads(line)) for line in (place / "talks/rollouts/step-00000001.jsonl").open()]
+    responses = [r for g in groups for r in g.responses]
+    several = [r for r in responses if 0 in r.meta.get("mask", [])]
+    assert several and all(len(r.text) > 1 for r in several)
+    for r in several:
+        assert all(logp == 0 for logp, trains in zip(r.logp, r.meta["mask"], strict=True) if not trains)
+
+
 def test_weighted_top_p_samples_are_within_the_policy(place):
     """Truncated sampling renormalises, so that pi / pi_rollout is at most 1, and its mean is the mass that was kept."""
     result = go(place, "grpo", "top", rollout={**ROLLOUT, "top_p": 0.5}, **{"set.correction": "exact", "train.steps": 1})

@@ -128,8 +128,8 @@ def test_score(models, place):
     found = reward("score", "answers.jsonl", "-r", "final_answer", "-r", "twice={mine:size: {factor: 2}}", "-r", models / "bt",
                    "-o", "scored.jsonl")
     assert found.code == 0, found.text
-    assert found.text.startswith("2 groups with 4 responses written to scored.jsonl final_answer: 4 scored, 0 not; mean 0.5, from "
-                                 "0 to 1 twice: 4 scored, 0 not; mean 16.5, from 2 to 32 bt: 4 scored, 0 not; mean ")
+    assert found.text.startswith("2 groups with 4 responses written to scored.jsonl final_answer: 4 scored, 0 not; mean 0.5, "
+                                 "from 0 to 1 twice: 4 scored, 0 not; mean 16.5, from 2 to 32 bt: 4 scored, 0 not; mean ")
     assert scores("scored.jsonl", "final_answer") == [[1, 0], [0, 1]]
     assert scores("scored.jsonl", "twice") == [[16, 16], [2, 32]]
     assert all(isinstance(x, float) for row in scores("scored.jsonl", "bt") for x in row)

@@ -195,18 +195,16 @@ def test_a_small_implicit_study(tmp_path):
 def first_slip(group) -> int | None:
     """From the text alone: the first line that does not follow from the line before it and from the swaps of the prompt."""
     pairs = re.findall(r"(\w+) and (\w+) (?:swap|switch|trade)", group.prompt)
+    asked = group.prompt.split("at the end of the ")[1].split()[1]
     state = dict(zip(map(str.lower, swaps.PEOPLE), "abcde", strict=True))
     lines = group.responses[0].text.split("\n")
     for k, line in enumerate(lines):
-        line, *answer = line.split("so the answer is ")
-        said = dict(re.findall(r"(\w+): (\w)", line))
-        if said and not (k == 0 and len(said) > 2 and " and " not in line and len(pairs) < len([x for x in lines if ":" in x])):
+        said = re.findall(r"(alice|bob|claire|dave|eve): (\w)", line)
+        if said and len(pairs) == sum(": " in left for left in lines[k:]):         # else it is the opening
             a, b = pairs.pop(0)
             state[a], state[b] = state[b], state[a]
-        if any(state[name] != letter for name, letter in said.items()):
-            return k
-        asked = re.search(r"at the end of the \w+, (\w+)", group.prompt)[1]
-        if answer and answer[0] != f"({state[asked]})":
+        answer = re.findall(r"the answer is \((\w)\)", line)
+        if any(state[name] != letter for name, letter in said) or answer not in ([], [state[asked]]):
             return k
     return None
 
@@ -224,17 +222,16 @@ def test_the_first_slip_of_a_story_is_the_one_that_a_simulation_finds():
 
 
 def test_a_real_trace_in_the_words_of_the_stories():
-    trace = "mistakes", [
-        "At the start: A: Gatsby, B: Catch, Claire: Moby Dick.", "A and Claire swap books: Alice: Moby Dick, Bob: Catch, Claire: Gatsby.",
-        "At the end of the semester, Alice has Moby Dick. So the answer is (C)"]
-    group = swaps.Group("Alice, Bob, and Claire are friends: Alice gets The Great Gatsby, Bob gets Catch-22, and Claire gets Moby Dick.\n"
-                        "As the semester proceeds, they start trading. First, Alice and Claire swap books. At the end of the semester, "
-                        "Alice has\nOptions:\n(A) The Great Gatsby.\n(B) Catch-22.\n(C) Moby Dick.",
-                        [swaps.Response("", meta={"steps": trace[1]})], meta={"mistake_index": 2})
+    steps = ["At the start: A: Gatsby, B: Catch, Claire: Moby Dick.", "A and C swap: Alice: Moby, Bob: Catch, Claire: Gatsby.",
+             "At the end of the semester, Alice has Moby Dick. So the answer is (C)"]
+    prompt = ("Alice, Bob, and Claire are friends: Alice gets The Great Gatsby, Bob gets Catch-22, and Claire gets Moby Dick.\n"
+              "They trade. First, Alice and Claire swap books. At the end of the semester, Alice has\n"
+              "Options:\n(A) The Great Gatsby.\n(B) Catch-22.\n(C) Moby Dick.")
+    group = swaps.Group(prompt, [swaps.Response("\n".join(steps), meta={"steps": steps})], meta={"mistake_index": 2})
     told = swaps.retold(group)
     assert told.prompt == "first, alice and claire swap books. at the end of the semester, alice has"
     assert told.responses[0].meta["steps"] == [
-        "at the start: alice: a, bob: b, claire: c.", "alice and claire swap books: alice: c, bob: b, claire: a.",
+        "at the start: alice: a, bob: b, claire: c.", "alice and claire swap: alice: c, bob: b, claire: a.",
         "at the end of the semester, alice has c. so the answer is (c)"]
     assert told.meta == {"mistake_index": 2} and told.responses[0].text.split("\n") == told.responses[0].meta["steps"]
 

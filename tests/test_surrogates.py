@@ -740,7 +740,8 @@ def test_corrections_by_hand():
     close(cap.masked_ratio(old, roll, mask), f64([[0, 0.5, 1], [0, 1, 0]]))
     close(cap.masked_out(old, roll, mask, low=0.6), f64([[0, 0, 1], [0, 1, 0]]))
     assert accepts.accept_token(old, roll, mask, low=0.6).tolist() == [[False, False, True], [False, True, False]]
-    assert accepts.accept_sequence(old, roll, mask, low=0.9, high=1.2).tolist() == [[True] * 3, [False] * 3]      # 1.5^(1/3), 5^(1/2)
+    whole = accepts.accept_sequence(old, roll, mask, low=0.9, high=1.2)           # 1.5^(1/3), 5^(1/2)
+    assert whole.tolist() == [[True] * 3, [False] * 3]
     close(cap.beyond(old, roll, mask), f64([[1, 0, 0], [1, 0, 0]]))
     close(cap.squared_weight(cap.exact(old, roll, mask), mask), f64([[9, 0.25, 1], [25, 1, 0]]))
     assert accepts.accept_token(old, roll, mask, low=0.0, high=math.inf).sum() == 5

@@ -9,11 +9,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from loop_cases import lines, write
 from small_tokenizers import fast
 from tiny_models import adapted, tiny
 from torch import nn
 
 from data_tools.collate import collate
+from prefopt.config import make
 from prefopt.forward import token_logp
 from prefopt.models import Trunk
 from prefopt.rollout import vllm
@@ -22,6 +24,7 @@ from prefopt.rollout.programs import conversation
 from prefopt.rollout.serve import command
 from prefopt.rollout.transformers import distribution
 from prefopt.rollout.vllm import VLLMSampler, VLLMServer, asked, plain, stopped, weights
+from prefopt.train import train
 
 real = [pytest.mark.slow, pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (.ci/install_vllm)")]
 WORDS = 450
@@ -137,6 +140,12 @@ def behaves(engine, model, words):
     assert max(len(r.text) for r in groups[0].responses) == 3 and gap(model, groups, words) <= 1e-5
 
 
+def by_length(groups):
+    for response in (r for g in groups for r in g.responses):
+        response.scores["reward"] = float(sum(response.tokens) % 7)
+    return groups
+
+
 def terse(model, factor):
     """The model with end tokens that are likely enough."""
     ends = fast("bytes").convert_tokens_to_ids(["</s>", "<|im_end|>"])
@@ -187,6 +196,25 @@ class TestInProcess:
         follows(engine, model, fast("bytes"), syncs=3)
         with pytest.raises(ValueError, match="the policy has none"):
             engine.sync(policy(), 9)
+
+    def test_more_prompts_than_a_step_of_the_engine_reads(self, in_process):
+        """The engine must not read a prompt in parts: it would have to take a seed back."""
+        engine = in_process(max_num_batched_tokens=512)
+        engine.sync(policy(), 1)
+        groups = engine([f"{QUESTIONS[3]} {n}" for n in range(12)], n=2, max_new_tokens=4, seed=0)
+        assert len(groups) == 12 and all(len(r.tokens) == len(r.logp) for g in groups for r in g.responses)
+
+    def test_a_run_on_it(self, environment, tmp_path):
+        """The whole loop: what is sampled in every step is what the trainer then holds."""
+        saved(tmp_path / "model", policy())
+        write(tmp_path / "prompts.jsonl", [{"prompt": q} for q in QUESTIONS])
+        run = make({"recipe": "grpo", "policy": str(tmp_path / "model"), "data": {"train": str(tmp_path / "prompts.jsonl")},
+                    "rollout": {"k": 4, "max_new_tokens": 12, "rewards": ["loop_cases:ones"], "sampler": {"vllm": ENGINE}},
+                    "train": {"steps": 3, "groups_per_step": 4, "lr": 1e-3, "device": "cpu"}, "out": str(tmp_path / "run")})
+        train(run, show=False, score=by_length)
+        steps = lines(tmp_path / "run")
+        assert [s["step"] for s in steps] == [1, 2, 3] and all(s["gap/rollout"] < 1e-5 for s in steps)
+        assert all(s["grad_norm"] > 0 for s in steps)
 
     def test_it_samples_as_any_sampler(self, in_process):
         behaves(in_process(), terse(policy(), 2), fast("bytes"))
@@ -366,7 +394,8 @@ def test_command_of_the_server(tmp_path):
     model = saved(tmp_path / "model", nn.Module.eval(policy()))
     found = command([model, "--port", "1", "--host=0.0.0.0"], str(tmp_path / "words"))
     assert found == ["serve", model, "--port", "1", "--host=0.0.0.0", "--tokenizer", str(tmp_path / "words"),
-                     "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+                     "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
+                     *["--no-enable-chunked-prefill"] * (not torch.cuda.is_available())]
     assert (tmp_path / "words" / "tokenizer.json").exists()
     with pytest.raises(SystemExit, match="usage"):
         command(["--port", "1"], "")

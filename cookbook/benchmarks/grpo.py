@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import prepare
@@ -61,8 +62,8 @@ class Steps:
         self.marks.append((time.process_time(), time.perf_counter()))
 
     def each(self) -> dict[str, float]:
-        differences = [[b - a for a, b in zip(x, y, strict=True)] for x, y in zip(self.marks[1:], self.marks[2:], strict=False)]
-        return {"cpu_s": statistics.median(d[0] for d in differences), "wall_s": statistics.median(d[1] for d in differences)}
+        cpu, wall = zip(*self.marks[1:], strict=True)
+        return {name: statistics.median(b - a for a, b in pairwise(x)) for name, x in (("cpu_s", cpu), ("wall_s", wall))}
 
 
 def trl(folder: Path, o: argparse.Namespace, scratch: str) -> Steps:
@@ -71,11 +72,11 @@ def trl(folder: Path, o: argparse.Namespace, scratch: str) -> Steps:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
     steps = Steps()
-    prompts = [json.loads(line)["prompt"] for line in open(folder / "prompts.jsonl")]
+    prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
     arguments = GRPOConfig(
         output_dir=scratch, per_device_train_batch_size=o.group, num_generations=o.group, max_steps=o.steps + 2,
-        max_completion_length=o.response, learning_rate=1e-5, bf16=False, use_cpu=True, gradient_checkpointing=False, report_to=[],
-        logging_steps=1000, save_strategy="no", disable_tqdm=True, seed=0, beta=o.beta, loss_type="grpo",
+        max_completion_length=o.response, learning_rate=1e-5, bf16=False, use_cpu=True, gradient_checkpointing=False,
+        report_to=[], logging_steps=1000, save_strategy="no", disable_tqdm=True, seed=0, beta=o.beta, loss_type="grpo",
         generation_kwargs={"min_new_tokens": o.response}, lr_scheduler_type="constant", optim="adamw_torch")
 
     class Callback(TrainerCallback):
@@ -102,7 +103,8 @@ def prefopt(folder: Path, o: argparse.Namespace, scratch: str) -> Steps:
 
     run_folder.timing = lambda *a: (timing(*a), steps.mark())
     train(make({
-        "recipe": "grpo", "set": {"beta": o.beta}, "policy": str(folder / "model"), "data": {"train": str(folder / "prompts.jsonl")},
+        "recipe": "grpo", "set": {"beta": o.beta}, "policy": str(folder / "model"),
+        "data": {"train": str(folder / "prompts.jsonl")},
         "rollout": {"k": o.group, "max_new_tokens": o.response, "rewards": ["own"], "dump": 0},
         "train": {"steps": o.steps + 2, "groups_per_step": 1, "lr": 1e-5, "schedule": "constant", "warmup": 0, "device": "cpu",
                   "log_every": 1000},
@@ -139,7 +141,8 @@ def compare(o: argparse.Namespace) -> dict:
     for n in range(o.repeats):
         order = list(SIDES) if n % 2 == 0 else list(SIDES)[::-1]
         rounds.append({side: run(side, o) for side in order})
-        print(f"round {n + 1}: " + ", ".join(f"{side} {rounds[-1][side]['cpu_s']:.2f} CPU s a step" for side in SIDES), flush=True)
+        spent = ", ".join(f"{side} {rounds[-1][side]['cpu_s']:.2f}" for side in SIDES)
+        print(f"round {n + 1}, CPU s a step: {spent}", flush=True)
     speed = [one["trl"]["cpu_s"] / one["prefopt"]["cpu_s"] for one in rounds]
     memory = [one["prefopt"]["peak_rss_mb"] / one["trl"]["peak_rss_mb"] for one in rounds]
     return {"prompt": o.prompt, "response": o.response, "group": o.group, "beta": o.beta, "steps": o.steps, "threads": 1,

@@ -36,15 +36,15 @@ def swapped(state: list[str], a: int, b: int) -> list[str]:
 
 
 def slipped(draw: np.random.Generator, state: list[str], a: int, b: int) -> list[str]:
-    """What a careless writer has after a swap of a and b: anything but what is right."""
+    """What a careless writer has after a swap of a and b: anything but what is right, for one of them at least."""
     while True:
         one, other = draw.permutation([a, b]).tolist()
-        x, y = draw.choice(len(state), 2, replace=False).tolist()
+        third = int(draw.integers(len(state)))
         copied, random = state.copy(), state.copy()
         copied[one] = state[other]
         random[one] = "abcde"[draw.integers(len(state))]
-        wrong = [state, copied, random, swapped(state, x, y), swapped(swapped(state, a, b), x, y)][draw.integers(5)]
-        if wrong != swapped(state, a, b):
+        wrong = [state, copied, random, swapped(state, one, third), swapped(swapped(state, a, b), one, third)][draw.integers(5)]
+        if wrong[one] != state[other] or wrong[other] != state[one]:
             return wrong
 
 

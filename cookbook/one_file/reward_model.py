@@ -1,7 +1,9 @@
 """A Bradley-Terry reward model in one flat file: torch and transformers, nothing else. Read it from top to bottom.
 
-    python cookbook/one_file/reward_model.py                                     a tiny model made here, on three toy pairs
-    python cookbook/one_file/reward_model.py --model MODEL --pairs pairs.jsonl   a folder or hub id; {"prompt", "chosen", "rejected"}
+    python cookbook/one_file/reward_model.py                    a tiny model made here, on three toy pairs
+    python cookbook/one_file/reward_model.py --model MODEL --pairs pairs.jsonl
+
+A model is a folder or hub id, a pair {"prompt", "chosen", "rejected"}.
 
 The same batch gives the same loss and the same gradients as `recipe: bradley_terry` of the library (tests/test_cookbook.py),
 which adds what a real run needs: micro-batches, adapters, ties and lists, evaluation, checkpoints, several processes.

@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.table import Table
 from scipy.stats import binomtest
 
-BLUE, ORANGE, GREY, LIGHT = "#2b6cb0", "#dd6b20", "#8a8f98", "#c9cdd3"
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#8a8f98"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
          "axes.axisbelow": True, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False}
-STAGES = {"warmup": "warm-up", "dpo": "DPO", "grpo": "GRPO, verifier", "grpo_proxy": "GRPO, reward model",
-          "grpo_proxy_kl": "GRPO, reward model, KL"}
+STAGES = {"warmup": ("warm-up", GREY), "dpo": ("DPO", PURPLE), "grpo": ("GRPO, verifier", GREEN),
+          "grpo_proxy": ("GRPO, reward model, no KL", ORANGE), "grpo_proxy_kl": ("GRPO, reward model, KL", BLUE)}
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,13 @@ def curve(run: Path, key: str) -> tuple[list[int], list[float]]:
 
 def table(found: dict) -> Table:
     """The accuracy after every stage."""
-    of = found["answers"]["warmup"]["sampled"].of
+    of, ranked = found["answers"]["warmup"]["sampled"].of, found["metrics"]["reward_model"]["eval/accuracy"]
     out = Table(title=f"right answers of {of} (95 % interval)", title_justify="left", caption_justify="left",
-                caption=f"reward model: {found['metrics']['reward_model']['eval/accuracy']:.3f} of held-out pairs ranked right")
+                caption=f"held-out pairs ranked right: {ranked:.3f} by the reward model, {found['smaller_is_right'].share:.3f} by "
+                        f"the rule that the smaller answer is right")
     for title in ("", "sampled", "greedy"):
         out.add_column(title, no_wrap=True)
-    for name, title in STAGES.items():
+    for name, (title, _) in STAGES.items():
         out.add_row(title, *(str(found["answers"][name][how]) for how in ("sampled", "greedy")))
     return out
 
@@ -70,14 +71,15 @@ def plot(found: dict, out: Path) -> None:
     with plt.style.context(STYLE):
         figure, ((bars, verified), (proxy, truth)) = plt.subplots(2, 2, figsize=(10, 6.8), layout="constrained")
         accuracies(bars, found)
-        steps(verified, out / "grpo", "reward", BLUE, "training, temperature 1")
+        steps(verified, out / "grpo", "reward", GREEN, "samples in training")
         verified.plot(*curve(out / "grpo", "eval/reward"), color="black", lw=0, marker="o", ms=4, label="held-out problems")
-        verified.axhline(found["size"]["level"], color=GREY, lw=1, ls=":")
+        verified.axhline(found["size"]["level"], color=GREY, lw=1, ls=":", label="promised")
         verified.set_title("GRPO with the verifier: right answers")
         for axes, key in ((proxy, "proxy"), (truth, "truth")):
-            for run, color, label in (("grpo_proxy", ORANGE, "no KL"), ("grpo_proxy_kl", BLUE, "KL to the warm-up")):
-                steps(axes, out / run, f"reward/{key}", color, label)
-        proxy.set_title("GRPO against the reward model: what it is given (proxy reward)")
+            for run, label in (("grpo_proxy", "no KL"), ("grpo_proxy_kl", "KL to the warm-up")):
+                steps(axes, out / run, f"reward/{key}", STAGES[run][1], label)
+        truth.axhline(found["answers"]["warmup"]["sampled"].share, color=GREY, lw=1, ls=":", label="warm-up")
+        proxy.set_title("GRPO against the reward model: what it is paid (proxy)")
         truth.set_title("the same runs: what it is worth (right answers)")
         for axes in (verified, truth):
             axes.set_ylim(0, 1.02)
@@ -89,16 +91,17 @@ def plot(found: dict, out: Path) -> None:
 
 
 def accuracies(axes, found: dict) -> None:
-    for shift, how, color in ((-0.2, "sampled", BLUE), (0.2, "greedy", LIGHT)):
-        rates = [found["answers"][name][how] for name in STAGES]
-        shares, places = [rate.share for rate in rates], [place + shift for place in range(len(rates))]
-        ends = [[abs(end - rate.share) for rate, end in zip(rates, side, strict=True)]
-                for side in zip(*(rate.interval() for rate in rates), strict=True)]
-        axes.bar(places, shares, 0.38, yerr=ends, color=color, label=how, error_kw={"lw": 1, "capsize": 2})
-        for place, rate in zip(places, rates, strict=True):
-            axes.text(place, rate.interval()[1] + 0.015, f"{rate.share:.2f}", ha="center", va="bottom", fontsize=8)
-    axes.set_xticks(range(len(STAGES)), [title.replace(", ", "\n") for title in STAGES.values()], fontsize=8)
-    axes.set_ylim(0, 1.22)
+    """Two bars for each stage, in its colour: samples full, the greedy answers pale."""
+    for shift, how, strength in ((-0.2, "sampled", 1.0), (0.2, "greedy", 0.4)):
+        for place, (name, (_, color)) in enumerate(STAGES.items()):
+            rate = found["answers"][name][how]
+            low, high = rate.interval()
+            axes.bar(place + shift, rate.share, 0.38, yerr=[[rate.share - low], [high - rate.share]], color=color, alpha=strength,
+                     error_kw={"lw": 1, "capsize": 2})
+            axes.text(place + shift, high + 0.015, f"{rate.share:.2f}", ha="center", va="bottom", fontsize=8)
+        axes.bar(0, 0, color=GREY, alpha=strength, label=how)
+    axes.set_xticks(range(len(STAGES)), [title.replace(", ", "\n") for title, _ in STAGES.values()], fontsize=8)
+    axes.set_ylim(0, 1.24)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_title("right answers (95 % intervals)")
     axes.grid(axis="x", visible=False)

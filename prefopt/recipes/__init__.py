@@ -18,6 +18,21 @@ from prefopt.recipes.beyond import (
     tdpo,
     trpa,
 )
+from prefopt.recipes.games import (
+    apo_accel,
+    dno,
+    egpo,
+    gpo,
+    gpo_offline,
+    inpo,
+    ipo_md,
+    nash_ema,
+    nash_md,
+    nash_md_pg,
+    online_ipo,
+    sppo,
+    xpo,
+)
 from prefopt.recipes.lists import (
     lipo,
     lipo_hinge,
@@ -110,17 +125,19 @@ from prefopt.recipes.reward_models import (
 )
 from prefopt.recipes.unpaired import aot_unpaired, apo_zero, bco, bco_pair, kto, nca, sppo_hard
 
-__all__ = ["anyloss", "aot", "aot_unpaired", "apo_down", "apo_zero", "bco", "bco_pair", "best_of_n", "bnpo", "bradley_terry",
-           "bt_list", "bt_ties", "cispo", "clip_cov", "copg", "cpl", "cpl_kl", "dapo", "dice", "discopop", "dpo", "dpo_alpha",
-           "dpo_forward_kl", "dpo_gamma", "dpo_js", "dpo_norm", "dr_grpo", "exo", "fdpg", "gaussian", "general_preference",
-           "gmpo", "gpg", "gpm_gated", "grpo", "grpo_process", "gspo", "hinge", "hypo", "hypo_optimistic", "implicit_ce",
-           "implicit_dpo", "implicit_kto", "implicit_nca", "ipo", "ipo_summed", "irpo_ranking", "kl_cov", "kto", "ld_dpo",
-           "lipo", "lipo_hinge", "lipo_lambda", "lipo_list_mle", "lipo_point_mse", "lipo_point_sigmoid", "lipo_softmax",
-           "list_net", "love", "mapl", "mapo", "multi_objective", "multi_preference", "nca", "online_dpo", "opo", "ordinal",
-           "orpo", "outcome", "pass_at_k", "ppo", "ppo_adaptive", "process", "rationale", "rationale_released", "rdpo",
-           "reinforce", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "rejection", "remax", "rloo", "rpo", "rpo_mean",
-           "rso", "rso_hinge", "rso_hinge_norm", "sapo", "simpo", "slic", "smpo", "sparsepo", "sparsepo_independent",
-           "spo_degree", "sppo_hard", "tdpo", "tool_augmented", "tool_augmented_released", "tr_dpo", "trpa", "wpo"]
+__all__ = ["anyloss", "aot", "aot_unpaired", "apo_accel", "apo_down", "apo_zero", "bco", "bco_pair", "best_of_n", "bnpo",
+           "bradley_terry", "bt_list", "bt_ties", "cispo", "clip_cov", "copg", "cpl", "cpl_kl", "dapo", "dice", "discopop",
+           "dno", "dpo", "dpo_alpha", "dpo_forward_kl", "dpo_gamma", "dpo_js", "dpo_norm", "dr_grpo", "egpo", "exo", "fdpg",
+           "gaussian", "general_preference", "gmpo", "gpg", "gpm_gated", "gpo", "gpo_offline", "grpo", "grpo_process", "gspo",
+           "hinge", "hypo", "hypo_optimistic", "implicit_ce", "implicit_dpo", "implicit_kto", "implicit_nca", "inpo", "ipo",
+           "ipo_md", "ipo_summed", "irpo_ranking", "kl_cov", "kto", "ld_dpo", "lipo", "lipo_hinge", "lipo_lambda",
+           "lipo_list_mle", "lipo_point_mse", "lipo_point_sigmoid", "lipo_softmax", "list_net", "love", "mapl", "mapo",
+           "multi_objective", "multi_preference", "nash_ema", "nash_md", "nash_md_pg", "nca", "online_dpo", "online_ipo",
+           "opo", "ordinal", "orpo", "outcome", "pass_at_k", "ppo", "ppo_adaptive", "process", "rationale",
+           "rationale_released", "rdpo", "reinforce", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "rejection",
+           "remax", "rloo", "rpo", "rpo_mean", "rso", "rso_hinge", "rso_hinge_norm", "sapo", "simpo", "slic", "smpo",
+           "sparsepo", "sparsepo_independent", "spo_degree", "sppo", "sppo_hard", "tdpo", "tool_augmented",
+           "tool_augmented_released", "tr_dpo", "trpa", "wpo", "xpo"]
 
 
 def find(name: str) -> Callable:

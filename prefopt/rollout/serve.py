@@ -12,6 +12,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+import torch
+
 from prefopt.models import load_tokenizer
 
 
@@ -31,6 +33,8 @@ def command(arguments: Sequence[str], folder: str) -> list[str]:
         out += ["--tokenizer", folder]
     for option, value in (("--host", "127.0.0.1"), ("--logprobs-mode", "processed_logprobs"), ("--generation-config", "vllm")):
         out += [option, value] * (option not in given)
+    if not torch.cuda.is_available() and "--enable-chunked-prefill" not in given:
+        out.append("--no-enable-chunked-prefill")             # see VLLMSampler
     return out
 
 

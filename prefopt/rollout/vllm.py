@@ -65,6 +65,8 @@ class VLLMSampler(Engine):
         self.folder = tempfile.TemporaryDirectory(prefix="prefopt-vllm-")
         tokenizer.save_pretrained(f"{self.folder.name}/tokenizer")    # AutoTokenizer reads another one beside some models
         more = {"enable_lora": True, "max_lora_rank": adapters, "max_loras": 2} if self.adapters else {}
+        if not torch.cuda.is_available():                     # a prompt that is read in parts takes a seed back, which a CPU
+            more["enable_chunked_prefill"] = False            # generator cannot do
         with noise_kept():
             self.llm = LLM(model=model, tokenizer=f"{self.folder.name}/tokenizer", dtype=dtype, generation_config="vllm",
                            logprobs_mode="processed_logprobs", **{"disable_log_stats": True, **more, **engine})
