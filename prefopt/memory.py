@@ -7,6 +7,7 @@ fragmentation, the allocator's cache and what other programs use come on top.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -98,7 +99,8 @@ def optimizer_bytes(run: Run) -> float:
 def estimate(run: Run, config, *, tokens: int, reference_config=None) -> dict[str, float]:
     """Bytes by what they are for, of one process whose largest micro-batch holds `tokens` tokens, padding included.
 
-    Quantised weights count `quantize` bits everywhere but in the embedding and the head.
+    Quantised weights count `quantize` bits everywhere but in the embedding and the head. With `train.shard`, which divides all
+    but these, the process is one of those that are launched, or of as many as there are GPUs here.
     """
     objective, policy = run.objective(), run.policy
     reads, head = objective.reads(), head_of(objective)
@@ -106,16 +108,22 @@ def estimate(run: Run, config, *, tokens: int, reference_config=None) -> dict[st
     low = {"bf16": "bfloat16", "fp16": "float16"}.get(run.train.precision)
     acts = size(config, dtype=low, lora=policy.lora, head=head) if low else own
     adapters = own.trainable_bytes if policy.lora else 0
-    out = {"weights": _stored(own, policy.quantize) + adapters, "gradients": own.trainable_bytes,
-           "optimiser": own.trainable_bytes * optimizer_bytes(run)}
+    held = own.trainable_bytes * _share(own, run)
+    out = {"weights": _stored(own, policy.quantize) * _share(own, run) + adapters, "gradients": held,
+           "optimiser": held * optimizer_bytes(run)}
+    if run.train.shard:
+        out["layers gathered, this one and the next"] = 2 * (own.parameters - _whole(own)) / own.layers * own.itemsize
     if low and acts.itemsize < own.itemsize:
-        out["autocast copies of weights"] = acts.weights
+        at_once = run.train.shard and policy.gradient_checkpointing           # the head, and a layer at a time
+        out["autocast copies of weights"] = acts.weights if not at_once else \
+            acts.itemsize * (acts.vocabulary * acts.width + (acts.parameters - _whole(acts)) / acts.layers)
     if frozen_models(reads) and not (policy.lora and run.reference is None and not objective.reference.moves):
         other = run.reference or policy
-        out["reference"] = _stored(size(reference_config or config, dtype=other.dtype), other.quantize)
+        reference = size(reference_config or config, dtype=other.dtype)
+        out["reference"] = _stored(reference, other.quantize) * _share(reference, run)
     if needs_critic(reads):
         critic = size(config, dtype=(run.critic or policy).dtype, head=Head("AutoModelForTokenClassification", "TOKEN_CLS", 1))
-        out["critic, with gradients and optimiser"] = critic.weights * (2 + optimizer_bytes(run))
+        out["critic, with gradients and optimiser"] = critic.weights * _share(critic, run) * (2 + optimizer_bytes(run))
     out["activations"] = tokens * (acts.layers * acts.width * acts.itemsize + acts.layer
                                    if policy.gradient_checkpointing else acts.activations)
     if head is LANGUAGE:
@@ -129,8 +137,20 @@ def estimate(run: Run, config, *, tokens: int, reference_config=None) -> dict[st
 def _stored(model: Size, bits: int | None) -> float:
     if bits is None:
         return model.weights
-    whole = min(2 * model.vocabulary * model.width, model.parameters)
-    return whole * model.itemsize + (model.parameters - whole) * bits / 8
+    return _whole(model) * model.itemsize + (model.parameters - _whole(model)) * bits / 8
+
+
+def _whole(model: Size) -> int:
+    """Parameters of embedding and head."""
+    return min(2 * model.vocabulary * model.width, model.parameters)
+
+
+def _share(model: Size, run: Run) -> float:
+    """The share of a model that one process holds."""
+    if not run.train.shard:
+        return 1.0
+    processes = int(os.environ.get("WORLD_SIZE", 0)) or torch.cuda.device_count() or 1
+    return (_whole(model) + (model.parameters - _whole(model)) / processes) / model.parameters
 
 
 def available(device: str | None) -> int:

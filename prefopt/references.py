@@ -72,7 +72,8 @@ class Extrapolated:
     alpha       momentum in [0, 1); APO 0.3. 0 copies the policy, as Moving(alpha=1)
     every       optimiser steps of an iteration, which solves for `hat` against the reference
     Edge        exact for log-linear policies, whose log-probabilities extrapolate with the parameters. Adapters do not
-                (products of matrices): merge them first. The last policy is extrapolated too; with alpha = 0 it is not
+                (products of matrices): merge them first. The last policy is extrapolated too; with alpha = 0 it is not.
+                Keeps one more copy of what trains
     Reference   He et al., Accelerated Preference Optimization, arXiv:2410.06293
 
     >>> ref, policy, rule = torch.zeros(1), torch.ones(1), Extrapolated(alpha=0.5, every=1)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,12 +25,15 @@ def accelerator(run: Run):
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
     check_launch(run.train.shard)
     AcceleratorState._reset_state(reset_partial_state=True)   # an earlier run may have had another precision or device
     if absent := [tracker for tracker in run.log if find_spec(tracker) is None]:
         raise ImportError(f"log asks for {absent[0]}, which is not installed: pip install {absent[0]}, or leave it out")
     cpu = run.train.device == "cpu" or not torch.accelerator.is_available()
-    found = Accelerator(mixed_precision=run.train.precision, cpu=cpu, log_with=run.log or None, project_dir=run.out)
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))          # while one prepares data, writes, or samples
+    found = Accelerator(mixed_precision=run.train.precision, cpu=cpu, log_with=run.log or None, project_dir=run.out,
+                        kwargs_handlers=[patient, AutocastKwargs(cache_enabled=not run.train.shard)])      # of whole copies
     if run.train.precision == "fp16" and found.scaler is None:
         raise ValueError(f"train.precision=fp16 needs a GPU, and this is {found.device.type}: set it to bf16 or no")
     launched = int(os.environ.get("WORLD_SIZE", 1))

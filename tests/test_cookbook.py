@@ -22,7 +22,7 @@ from prefopt.models import Head, Models
 
 ROOT = Path(__file__).parents[1]
 COOKBOOK = ROOT / "cookbook"
-RUN_FILES = sorted(COOKBOOK.rglob("*.yaml"))
+RUN_FILES = sorted(path for path in COOKBOOK.rglob("*.yaml") if "compute_environment" not in path.read_text())  # accelerate's
 SCRIPTS = sorted(path for path in COOKBOOK.glob("*/*.py") if "--toy" in path.read_text())
 PAGES = sorted([ROOT / "README.md", *COOKBOOK.rglob("*.md")])
 

@@ -213,7 +213,7 @@ def test_page_of_a_part():
     page, = pages("squared")
     assert page.tables["Arguments"] == [("goal", "must be given", "IPO: 1 / (2 tau)")]
     assert [row[0] for row in page.tables["Columns it reads"]] == ["margin"]
-    assert page.tables["Recipes with it"] == [("ipo, ipo_summed",)]
+    assert page.tables["Recipes with it"] == [("inpo, ipo, ipo_md, ipo_summed, online_ipo",)]
     page, = pages("TokenMask")
     assert [row[0] for row in page.tables["Columns it reads"]] == ["states_ref", "mask"]
     page, = pages("Moving")

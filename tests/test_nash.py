@@ -9,19 +9,14 @@ from columns_for_tests import close, f64, gradient_of, step, value_of
 
 from data_tools import Batch
 from prefopt import recipes
-from prefopt.games import algorithms, exact, library, solve
+from prefopt.games import algorithms, exact, library, solve, study
 from prefopt.games.game import Game
 from prefopt.games.tabular import Algorithm, Draws, Table, mixture, play, reference, uniform
 from prefopt.parts import from_spec, to_spec
 from prefopt.references import Extrapolated, Moving
 from prefopt.update import extragradient, look_ahead, plain
 
-SKEWED = {3: [3, 2, 1], 4: [4, 3, 2, 1], 5: [5, 4, 3, 2, 1]}
-
-
-def game(name: str) -> Game:
-    found = getattr(library, name)()
-    return found.with_reference(SKEWED[found.items])
+game = study.skewed
 
 
 def numbers(here: Game) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +116,7 @@ def test_gpo_solved_is_multiplicative_weights_on_scores():
     for eta in (0.1, 0.05):
         change = play(here, algorithms.gpo(here, eta=eta), iterations=1).diff(dim=0)[0, 0]
         off.append(float((change - eta * S @ pi).abs().max()))
-    assert off[0] < 0.1 ** 2 and off[1] / off[0] == pytest.approx(0.25, rel=0.1)
+    assert off[0] < 0.1 ** 2 and 0.22 < off[1] / off[0] < 0.28
 
 
 def test_gpo_offline_on_pairs_of_the_reference():
@@ -153,15 +148,6 @@ def test_momentum_without_a_kl_diverges_faster():
 
 
 # ------------------------------------------------------------------------------------------------------------ fixed points
-def mixture_point(here: Game, beta: float, c: float) -> torch.Tensor:
-    """pi = softmax(log ref + P mix(pi) / beta), mix = pi^(1 - c) ref^c, by damped iteration."""
-    P, ref = numbers(here)
-    theta = np.log(ref)
-    for _ in range(4000):
-        theta = theta + 0.05 * (np.log(ref) + P @ exact.mixed(theta, ref, c) / beta - theta)
-    return torch.from_numpy(exact.policy(theta))
-
-
 def stationary(here: Game, algorithm: Algorithm, logp: torch.Tensor) -> float:
     """The largest component of the loss's gradient at a policy."""
     table = Table(here, algorithm, start=logp.exp())
@@ -184,27 +170,50 @@ def test_the_equilibrium_is_stationary(algorithm, name):
 def test_a_mixture_moves_the_fixed_point(algorithm):
     """c = 1/8 is stationary at softmax(log ref + P mix / beta), c = 0 at the equilibrium; they are apart."""
     here, make = game("weighted_rps"), getattr(algorithms, algorithm)
-    biased = mixture_point(here, 0.1, 0.125)
+    biased = study.biased(here, 0.1, 0.125)
     assert stationary(here, make(here, c=0.125), biased.log()) < 1e-10
     assert stationary(here, make(here, c=0.0), solve.equilibrium(here, 0.1).log()) < 1e-10
     assert float((biased - solve.equilibrium(here, 0.1)).abs().max()) > 0.02
 
 
 def test_constant_steps_of_nash_md_leave_a_bias():
-    """The fixed point of eta beta = c is that of the mixture, and its bias is linear in c: what docs/results.md says."""
+    """The fixed point of eta beta = c is that of the mixture, and its error is linear in c."""
     here = game("weighted_rps")
     last = play(here, algorithms.nash_md(here, beta=0.1, eta=0.5), iterations=400)[-1, 0].exp()
-    close(last, mixture_point(here, 0.1, 0.05), 1e-8)
-    bias = [float((mixture_point(here, 0.1, c) - solve.equilibrium(here, 0.1)[0]).abs().max()) for c in (0.02, 0.01, 0.005)]
-    assert bias[0] / bias[1] == pytest.approx(2, rel=0.1) and bias[1] / bias[2] == pytest.approx(2, rel=0.05)
+    close(last, study.biased(here, 0.1, 0.05), 1e-8)
+    bias = [float((study.biased(here, 0.1, c) - solve.equilibrium(here, 0.1)[0]).abs().max()) for c in (0.02, 0.01, 0.005)]
+    assert 1.95 < bias[0] / bias[1] < 2.05 and 1.98 < bias[1] / bias[2] < 2.02
+
+
+@pytest.mark.parametrize("algorithm, settings", [("online_ipo", {}), ("nash_md_pg", {"c": 0.0}), ("nash_ema", {"follow": 0.5})])
+def test_gradient_descent_reaches_the_equilibrium(algorithm, settings):
+    here = game("weighted_rps")
+    found = play(here, getattr(algorithms, algorithm)(here, beta=0.3, **settings), iterations=200)[-1].exp()
+    close(found, solve.equilibrium(here, 0.3), 1e-7)
+
+
+def test_online_ipo_is_policy_gradient_in_self_play():
+    """The gradient of online IPO is 4 / beta times that of the regularised win rate, so that their paths are the same."""
+    here = game("rps_plus_dominated")
+    paths = [play(here, made, iterations=25) for made in (algorithms.online_ipo(here), algorithms.nash_md_pg(here, c=0.0))]
+    close(*paths, 1e-12)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm, settings", [("online_ipo", {}), ("nash_md_pg", {"c": 0.0}), ("nash_ema", {"follow": 0.5})])
-def test_adam_reaches_the_equilibrium(algorithm, settings):
+def test_adam_leaves_the_equilibrium():
+    """Momentum and shrinking second moments: within 1e-9 of it after 1250 steps, away from it after 3000."""
     here = game("weighted_rps")
-    found = play(here, getattr(algorithms, algorithm)(here, beta=0.1, **settings), iterations=3000)[-1].exp()
-    close(found, solve.equilibrium(here, 0.1), 1e-4)
+    made = dataclasses.replace(algorithms.nash_md_pg(here, c=0.0), optimizer=torch.optim.Adam, rate=lambda t: 0.01)
+    distance = solve.kl(solve.equilibrium(here, 0.1), play(here, made, iterations=3000).exp())[:, 0]
+    assert float(distance[1250]) < 1e-9 and float(distance[2500:].max()) > 1e-3
+
+
+@pytest.mark.slow
+def test_sampled_policy_gradient_comes_close():
+    """Nash-MD-PG, c = 1/8, 64 groups a step, Adam at 0.01, 2000 steps: a gap below 0.02."""
+    here = library.weighted_rps().with_reference([0.5, 0.3, 0.2])
+    made = dataclasses.replace(algorithms.nash_md_pg(here), optimizer=torch.optim.Adam, rate=lambda t: 0.01)
+    assert last_gap(here, play(here, made, iterations=2000, samples=64), 0.1) < 0.02
 
 
 def test_online_dpo_on_bradley_terry_is_the_optimal_policy():
@@ -222,10 +231,8 @@ RACES = {("rps", 0.1): (149, None, 97), ("weighted_rps", 0.1): (124, None, 112),
          ("weighted_rps", 0.01): (2310, 1745, 1031), ("rps_plus_dominated", 0.01): (None, None, 557)}
 
 
-def race(algorithm: str, here: Game, beta: float, iterations=4000) -> torch.Tensor:
-    P, ref = numbers(here)
-    logp = trajectory(lambda x: getattr(exact, algorithm)(x, P, ref, beta=beta, eta=0.5), np.log(ref), iterations)
-    return solve.regularised_gap(here, logp[:, None].exp(), beta)[:, 0]
+def race(algorithm: str, here: Game, beta: float) -> torch.Tensor:
+    return solve.regularised_gap(here, study.path(here, algorithm, 4000, beta=beta, eta=0.5)[:, None], beta)[:, 0]
 
 
 @pytest.mark.parametrize("name, beta", RACES)
@@ -233,7 +240,7 @@ def test_order_of_the_algorithms(name, beta):
     """The updates of EGPO, mirror descent and Nash-MD with a constant step until the gap is 1e-6, from the card."""
     here = game(name)
     gaps = [race(a, here, beta) for a in ("omd", "nash_md", "egpo")]
-    first = tuple(next((t for t, g in enumerate(gap.tolist()) if g < 1e-6), None) for gap in gaps)
+    first = tuple(map(study.first_below, gaps))
     assert first == RACES[name, beta]
     assert float(gaps[1][-1]) > 2e-5 and float(gaps[2][-1]) < 1e-6          # the floor of a bias, or a cycle; no floor
     if first[0] is None:
@@ -250,6 +257,12 @@ def test_the_last_iterate_converges_linearly(name):
     slope, level = np.polyfit(t, y, 1)
     assert slope < np.log(1 - eta * beta) and np.abs(y - (slope * t + level)).max() < 1.0
     assert last_gap(here, logp, beta) < 1e-6 and float(distance[-1]) < 1e-6
+
+
+def test_rates_are_those_of_the_theory():
+    """Fitted slopes of log KL are below log(1 - eta beta) on every game, and near it: extragradient wastes little."""
+    for _, eta, theory, measured in study.rates(etas=(0.5, 0.8)):
+        assert 3.5 * theory < measured < theory, (eta, theory, measured)
 
 
 def test_decaying_nash_md_keeps_its_bound():
@@ -299,12 +312,10 @@ def test_noisy_oracles_leave_a_neighbourhood(algorithm):
 @pytest.mark.slow
 def test_noise_does_not_undo_the_extragradient():
     """The last gaps of EGPO are not above those of mirror descent by 10 %, and fall with the variance of the samples."""
-    here, beta, found = game("rps"), 0.05, {}
-    for algorithm, samples in (("egpo", 100), ("omd", 100), ("egpo", 1000)):
-        made = getattr(algorithms, algorithm)(here, beta=beta, eta=0.2)
-        logp = play(here, made, iterations=1200, samples=samples, verdicts=True)
-        found[algorithm, samples] = float(solve.regularised_gap(here, logp[-400:].exp(), beta).mean())
-    assert found["egpo", 100] < 1.1 * found["omd", 100] and found["egpo", 1000] < 0.3 * found["egpo", 100]
+    gap = {(name, count): g for name, count, g in study.noise((30, 300), iterations=400)}
+    for count in (30, 300):
+        assert gap["egpo", count] < 1.1 * gap["omd", count]
+    assert 0.05 < gap["egpo", 300] / gap["egpo", 30] < 0.2
 
 
 def test_better_every_iteration_where_nothing_cycles():
@@ -333,6 +344,11 @@ def test_samples_have_the_gradient_of_the_sum(algorithm, verdicts):
     found = torch.stack(found)
     error = found.std(0) / 60 ** 0.5
     assert bool(((found.mean(0) - summed.theta.grad[0]).abs() < 5 * error).all())
+
+
+def test_scores_are_no_verdicts():
+    with pytest.raises(ValueError, match="no log-odds"):
+        play(game("rps"), algorithms.gpo(game("rps")), iterations=1, samples=3, verdicts=True)
 
 
 def test_opponents_are_probe_rows():
@@ -613,6 +629,14 @@ def test_extrapolated_without_momentum_copies():
     for wrong, said in ((dict(alpha=1.0), "alpha must be in"), (dict(every=0), "every must be")):
         with pytest.raises(ValueError, match=said):
             Extrapolated(**wrong)
+
+
+def test_run_files_take_them():
+    """Momentum goes onto any recipe by its reference, and the update rule by its name."""
+    from prefopt.config import assemble
+    made = assemble("sppo", {"beta": 0.1, "reference": {"Extrapolated": {"alpha": 0.2, "every": 5}}})
+    assert made.reference.spec() == {"alpha": 0.2, "every": 5} and made.reference.moves
+    assert from_spec("look_ahead", "prefopt.update") is look_ahead
 
 
 def test_a_played_algorithm_can_be_played_again():

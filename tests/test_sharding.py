@@ -307,9 +307,71 @@ def port() -> str:
         return str(free.getsockname()[1])
 
 
+def stub(folder: Path, name: str, does: str) -> None:
+    """A command of this name that does something else."""
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
+    (folder / name).chmod(0o755)
+
+
+def scripted(folder: Path, *command: str, **environment: str) -> list[str]:
+    """What the stub of torchrun was called with, by a script of the cookbook."""
+    stub(folder, "torchrun", f'echo "$CUDA_VISIBLE_DEVICES $@" > {folder}/called')
+    path = f"{folder}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", *command], env={**os.environ, **environment, "PATH": path}, cwd=ROOT, timeout=60,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return (folder / "called").read_text().split()
+
+
+def test_the_script_with_a_server_beside(tmp_path):
+    """It waits for the server, trains on the other devices, and ends the server."""
+    number = port()
+    (tmp_path / "health").write_text("")
+    serve = f'echo "$CUDA_VISIBLE_DEVICES $@" > {tmp_path}/served; exec {sys.executable} -m http.server {number} -d {tmp_path}'
+    stub(tmp_path, "python", serve)
+    called = scripted(tmp_path, "cookbook/distributed/vllm_beside.sh", "model", "run.yaml", "train.lr=1", PORT=number,
+                      LOG=str(tmp_path / "log"))
+    assert " ".join(called) == "0,1,2,3,4,5 --nproc_per_node 6 -m prefopt train run.yaml train.lr=1"
+    assert (tmp_path / "served").read_text() == f"6,7 -m prefopt.rollout.serve model --port {number} --tensor-parallel-size 2\n"
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", int(number)), timeout=5):
+        pass
+
+
+def test_the_script_tells_of_a_server_that_ends(tmp_path):
+    stub(tmp_path, "python", "exit 3")
+    with pytest.raises(AssertionError, match="the server ended"):
+        scripted(tmp_path, "cookbook/distributed/vllm_beside.sh", "model", "run.yaml", PORT=port(), LOG=str(tmp_path / "log"))
+
+
+def test_the_script_of_slurm(tmp_path):
+    stub(tmp_path, "scontrol", "echo node7; echo node8")
+    stub(tmp_path, "srun", 'exec "$@"')
+    slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "12", "CUDA_VISIBLE_DEVICES": "all"}
+    called = scripted(tmp_path, "cookbook/distributed/slurm.sh", "run.yaml", **slurm)
+    assert " ".join(called) == ("all --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint node7:29500 --rdzv_id 12 "
+                                "-m prefopt train run.yaml --resume")
+
+
+def test_memory_of_a_share():
+    """Of 8 processes: layers an eighth, embedding and head whole."""
+    from transformers import LlamaConfig
+
+    from prefopt import memory
+    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2)
+    run = plan(Path("x"), "dpo", "y")
+    shared = run.model_copy(update={"train": run.train.model_copy(update={"shard": True})})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("WORLD_SIZE", "8")
+        a, b = (memory.estimate(r, config, tokens=100) for r in (run, shared))
+    whole = 2 * 32 * 16 * 4
+    for key, factor in (("weights", 1), ("gradients", 1), ("reference", 1), ("optimiser", 2)):
+        assert b[key] == pytest.approx(factor * whole + (a[key] - factor * whole) / 8, rel=1e-9)
+    assert b["layers gathered, this one and the next"] == (a["weights"] - whole) / 2 and b["activations"] == a["activations"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["torchrun", "accelerate", "one node"])
-def test_launchers(home, two, way):
+def test_launchers(home, way):
     """Two nodes, each with a process of its own; the files of the cookbook, but for numbers and addresses."""
     out = way.replace(" ", "-")
     settings = {**RAGGED, "policy.dtype": "float32", "train.optimizer": {"SGD": {"momentum": 0.9}}, "train.lr": 0.02,

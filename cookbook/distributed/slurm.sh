@@ -9,8 +9,8 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@300                # the run finishes its step and saves; submit again to go on (--resume)
 set -euo pipefail
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" \
-    --rdzv_backend c10d --rdzv_endpoint "$first:29500" --rdzv_id "$SLURM_JOB_ID" \
+    --rdzv_backend c10d --rdzv_endpoint "${nodes%%$'\n'*}:29500" --rdzv_id "$SLURM_JOB_ID" \
     -m prefopt train "$@" --resume

@@ -9,7 +9,7 @@ count() { tr , '\n' <<< "$1" | wc -l; }
 CUDA_VISIBLE_DEVICES=$serve python -m prefopt.rollout.serve "$model" --port "$port" \
     --tensor-parallel-size "$(count "$serve")" > "${LOG:-server.log}" 2>&1 &
 server=$!
-trap 'kill "$server" 2> /dev/null || true' EXIT
+trap 'kill "$server" 2> /dev/null && wait "$server" || true' EXIT
 until curl -sf "http://127.0.0.1:$port/health" > /dev/null; do
     kill -0 "$server" 2> /dev/null || { echo "the server ended: see ${LOG:-server.log}" >&2; exit 1; }
     sleep 1

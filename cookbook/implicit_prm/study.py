@@ -283,7 +283,7 @@ def report(tables: list[dict], real: dict, told: list[dict], tracking: dict) -> 
 
 def figure(path: Path, tables: list[dict], real: dict, tracking: dict) -> None:
     plt = tiny.pyplot()
-    page, (left, right, last) = plt.subplots(1, 3, figsize=(12, 3.4), width_ratios=[1.4, 1, 1.2])
+    page, (left, right, last) = plt.subplots(1, 3, figsize=(13, 3.4), width_ratios=[1.4, 1, 1.2])
     bars = [name for name in tables[0] if "located" in tables[0][name]]
     colours = {"CE": tiny.RED, "step labels": tiny.GREEN, "language model's own": tiny.GREY}
     left.bar(range(len(bars)), [np.mean([t[name]["located"] for t in tables]) for name in bars],
@@ -300,7 +300,7 @@ def figure(path: Path, tables: list[dict], real: dict, tracking: dict) -> None:
         mean, low, high = np.array([table[name] for name in shown]).reshape(-1, 3).T
         axes.bar(range(len(shown)), mean, yerr=[mean - low, high - mean], capsize=3,
                  color=[colours.get(name, tiny.ORANGE) for name in shown])
-        axes.set_xticks(range(len(shown)), [name.replace(" ", "\n", 1) for name in shown])
+        axes.set_xticks(range(len(shown)), [name.replace(" ", "\n") for name in shown])
         axes.set(title=f"BIG-Bench-Mistake, {title}" + ("" if shown else ": not here"), ylim=(0, 1.05))
     page.tight_layout()
     page.savefig(path)

@@ -54,8 +54,8 @@ def table(found: dict) -> Table:
     """The accuracy after every stage."""
     of, ranked = found["answers"]["warmup"]["sampled"].of, found["metrics"]["reward_model"]["eval/accuracy"]
     out = Table(title=f"right answers of {of} (95 % interval)", title_justify="left", caption_justify="left",
-                caption=f"held-out pairs ranked right: {ranked:.3f} by the reward model, {found['smaller_is_right'].share:.3f} by "
-                        f"the rule that the smaller answer is right")
+                caption=f"held-out pairs ranked right: {ranked:.3f} by the reward model, {found['smaller_is_right'].share:.3f} "
+                        f"by the rule that the smaller answer is right")
     for title in ("", "sampled", "greedy"):
         out.add_column(title, no_wrap=True)
     for name, (title, _) in STAGES.items():

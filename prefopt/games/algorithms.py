@@ -4,13 +4,14 @@ beta is the weight of the KL to the reference, eta the step of mirror descent:
 log pi <- (1 - eta beta) log pi + eta beta log pi_ref + eta P pi_opponent. Where a loss is a mean over uniform pairs of n
 responses, a step of gradient descent with rate lr is that step with eta beta = 4 lr / n. Each takes the objective of the
 recipe of its name.
+
+Losses on the policy's own responses go down by plain gradient descent, whose rate 1 is close to the largest that is stable.
+Adam's momentum is not: where gradients vanish its steps grow again, and a cyclic game leaves the equilibrium it had reached.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-
-import torch
 
 from prefopt import recipes
 from prefopt.games.game import Game
@@ -27,6 +28,11 @@ EVERY = Moving(alpha=1.0, every=1)                            # the reference is
 
 def constant(value: float) -> Callable[[int], float]:
     return lambda t: value
+
+
+def stable(beta: float) -> float:
+    """A rate of the policy gradient, whose Jacobian turns with about 1/4 and damps with about beta / 3."""
+    return beta / (beta ** 2 + 0.1)
 
 
 def mirror(game: Game, objective, share_of_step: Callable[[int], float], **settings) -> Algorithm:
@@ -61,33 +67,34 @@ def nash_md_decaying(game: Game, *, beta=0.1) -> Algorithm:
     return mirror(game, recipes.nash_md(beta=beta), step, opponent=partial(mixture, share=step))
 
 
-def online_ipo(game: Game, *, beta=0.1, rate=0.01) -> Algorithm:
-    """Pairs of the policy's own responses with soft labels, by Adam."""
+def online_ipo(game: Game, *, beta=0.1, rate=1.0) -> Algorithm:
+    """Pairs of the policy's own responses with soft labels."""
     positive(beta=beta, rate=rate)
-    return Algorithm(recipes.online_ipo(beta=beta), optimizer=torch.optim.Adam, rate=constant(rate))
+    return Algorithm(recipes.online_ipo(beta=beta), rate=constant(game.prompts * rate * stable(beta) * beta / 4))
 
 
-def ipo_md(game: Game, *, beta=0.1, c=0.125, rate=0.01) -> Algorithm:
-    """Online IPO on pairs of the mixture pi^(1 - c) pi_ref^c, by Adam."""
+def ipo_md(game: Game, *, beta=0.1, c=0.125, rate=1.0) -> Algorithm:
+    """Online IPO on pairs of the mixture pi^(1 - c) pi_ref^c."""
     positive(beta=beta, rate=rate)
     share(c=c)
     mixed = partial(mixture, share=constant(c))
-    return Algorithm(recipes.ipo_md(beta=beta), first=mixed, second=mixed, optimizer=torch.optim.Adam, rate=constant(rate))
+    return Algorithm(recipes.ipo_md(beta=beta), first=mixed, second=mixed,
+                     rate=constant(game.prompts * rate * stable(beta) * beta / 4))
 
 
-def nash_md_pg(game: Game, *, beta=0.1, c=0.125, rate=0.01) -> Algorithm:
-    """Policy gradient against the mixture pi^(1 - c) pi_ref^c, by Adam."""
+def nash_md_pg(game: Game, *, beta=0.1, c=0.125, rate=1.0) -> Algorithm:
+    """Policy gradient against the mixture pi^(1 - c) pi_ref^c."""
     positive(beta=beta, rate=rate)
     share(c=c)
-    return Algorithm(recipes.nash_md_pg(beta=beta), opponent=partial(mixture, share=constant(c)), optimizer=torch.optim.Adam,
-                     rate=constant(rate))
+    return Algorithm(recipes.nash_md_pg(beta=beta), opponent=partial(mixture, share=constant(c)),
+                     rate=constant(game.prompts * rate * stable(beta)))
 
 
-def nash_ema(game: Game, *, beta=0.1, follow=0.1, rate=0.01) -> Algorithm:
-    """Policy gradient against a moving average of the parameters, by Adam."""
+def nash_ema(game: Game, *, beta=0.1, follow=0.1, rate=1.0) -> Algorithm:
+    """Policy gradient against a moving average of the parameters."""
     positive(beta=beta, follow=follow, rate=rate)
     return Algorithm(recipes.nash_ema(beta=beta), opponent=averaged, average=Moving(alpha=follow, every=1),
-                     optimizer=torch.optim.Adam, rate=constant(rate))
+                     rate=constant(game.prompts * rate * stable(beta)))
 
 
 def inpo(game: Game, *, beta=0.1, eta=0.5) -> Algorithm:
@@ -114,17 +121,18 @@ def gpo(game: Game, *, eta=0.5) -> Algorithm:
     return Algorithm(recipes.gpo(beta=1 / eta).with_slots(reference=EVERY), reward=scores, steps=0)
 
 
-def online_dpo(game: Game, *, beta=0.1, rate=0.01) -> Algorithm:
-    """DPO on pairs of the policy's own responses with soft labels, by Adam."""
+def online_dpo(game: Game, *, beta=0.1, rate=1.0) -> Algorithm:
+    """DPO on pairs of the policy's own responses with soft labels."""
     positive(beta=beta, rate=rate)
-    return Algorithm(recipes.online_dpo(beta=beta), optimizer=torch.optim.Adam, rate=constant(rate))
+    return Algorithm(recipes.online_dpo(beta=beta), rate=constant(game.prompts * rate / beta ** 2))
 
 
-def xpo(game: Game, *, beta=0.1, alpha=1e-5, rate=0.01) -> Algorithm:
-    """DPO between a response of the policy and one of the reference, with optimism, by Adam."""
+def xpo(game: Game, *, beta=0.1, alpha=1e-5, rate=1.0) -> Algorithm:
+    """DPO between a response of the policy and one of the reference, with optimism."""
     positive(beta=beta, rate=rate)
     not_negative(alpha=alpha)
-    return Algorithm(recipes.xpo(beta=beta, alpha=alpha), second=reference, optimizer=torch.optim.Adam, rate=constant(rate))
+    return Algorithm(recipes.xpo(beta=beta, alpha=alpha), second=reference,
+                     rate=constant(game.prompts * rate / beta ** 2))
 
 
 def iterative_dpo(game: Game, *, eta=0.5) -> Algorithm:

@@ -123,7 +123,7 @@ class Table:
         self.reference, self.averaged = game.reference.log(), logits.clone()
         self.reward = algorithm.reward(game)
         self.rows: tuple[Tensor, Tensor] = ()                 # prompt and response of each row
-        self.batch: Batch = None                              # one optimiser step, annotated
+        self.batch: Batch | None = None                       # one optimiser step, annotated
 
     def policies(self) -> Policies:
         return Policies(*(x.detach().log_softmax(-1) for x in (self.theta, self.reference, self.averaged)))
@@ -207,6 +207,8 @@ def play(game: Game, algorithm: Algorithm, *, iterations: int, start: Tensor | N
     """
     if samples is None and verdicts:
         raise ValueError("verdicts of 0 or 1 are drawn, and without samples nothing is: set samples, for instance to 100")
+    if verdicts and algorithm.reward is not wins:
+        raise ValueError("verdicts of 0 or 1 have no log-odds, which this algorithm takes as rewards (gpo): leave verdicts out")
     draws = Draws(samples, verdicts, torch.Generator().manual_seed(seed)) if samples is not None else None
     table = Table(game, algorithm, start=start, draws=draws)
     parameters = [table.theta]
