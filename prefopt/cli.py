@@ -370,7 +370,8 @@ def play(
     if str(json_file) != "-":
         for key, title in (("gap", "duality gap with the KL"), ("exploitability", "exploitability without a KL")):
             console.print(Text(title, style="bold"))
-            console.print(grid(games.table(played.runs, key), head=("iteration", *(r.name for r in played.runs))))
+            names = (r.name.replace("_", "\n_") for r in played.runs)
+            console.print(grid(([*row, ""] for row in games.table(played.runs, key)), head=("iteration", *names, "")))
     if out:
         console.print(f"the page is {page.write(played, out)}", soft_wrap=True)
 

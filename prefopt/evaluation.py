@@ -95,7 +95,7 @@ def plan(model: str, *, data: str | None = None, recipe: str | None = None, refe
         "recipe": recipe or raw.get("recipe") or "dpo", "set": raw.get("set", {}) if same else {},
         "policy": {**start, "name": str(folder), "revision": None, "lora": None},
         "reference": reference or raw.get("reference") or (start and {**start, "lora": None}) or adapter_base(folder),
-        "tokenizer": raw.get("tokenizer"), "train": raw.get("train", {}),
+        "tokenizer": raw.get("tokenizer"), "train": {**raw.get("train", {}), "shard": False},
         "data": {**read, "train": held_out, "eval": held_out, "cache_reference": False}}, overrides), "evaluation")
     from prefopt.forward import frozen_models
     if frozen_models(run.objective().reads()) and run.reference is None:

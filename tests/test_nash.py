@@ -77,6 +77,13 @@ def test_start_away_from_the_reference():
     close(found[:, 0], trajectory(lambda x: exact.egpo(x, P, ref, beta=0.1, eta=0.5), start[0].log().numpy(), 10), 1e-12)
 
 
+def test_a_moving_reference_starts_where_the_policy_does():
+    here, start = game("weighted_rps"), f64([[0.1, 0.1, 0.8]])
+    P, _ = numbers(here)
+    exactly = trajectory(lambda x: exact.mwu(x, P, eta=0.5), start[0].log().numpy(), 3)
+    close(play(here, algorithms.dno(here, eta=0.5), iterations=3, start=start)[:, 0], exactly, 1e-8)
+
+
 def test_inpo_solved_is_mirror_descent():
     """The population minimiser: log pi = (1 - eta beta) log pi_old + eta beta log ref + eta P pi_old."""
     for name, beta, eta in (("weighted_rps", 0.1, 0.5), ("rps", 0.4, 1.0), ("rps_plus_dominated", 0.2, 0.5)):

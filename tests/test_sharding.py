@@ -392,3 +392,11 @@ def test_launchers(home, way):
     assert json.loads((Path(run.out) / "versions.json").read_text())["processes"] == 2
     go(home / "llama", "dpo", f"{out}-one", **settings)
     same(home / "llama", f"{out}-one", out, 1e-5)
+
+
+def test_a_divided_run_is_evaluated_by_one_process(home, two):
+    from prefopt import evaluation
+    place = home / "llama"
+    run = evaluation.plan(str(place / "two-dpo"), data=str(place / "eval.jsonl"), overrides=["policy.dtype=float64"])
+    assert not run.train.shard
+    assert evaluation.evaluate(run)["loss"] == pytest.approx(lines(place / "two-dpo")[-1]["eval/loss"], rel=1e-4)

@@ -104,7 +104,7 @@ def render(played: Played) -> str:
     columns = [[[*P[i].tolist(), float(r[i]), float(e[i]), float(n[i])] for i in range(here.items)] for P, r, e, n in
                zip(here.payoff, here.reference, played.equilibrium, played.nash, strict=True)][:4]
     return environment().from_string(PAGE).render(
-        title=f"Game {here.name}", css=Markup(CSS + OWN), words=words, runs=runs, mark=mark, figures=figures,
+        title=f"Game of {here.name}", css=Markup(CSS + OWN), words=words, runs=runs, mark=mark, figures=figures,
         simplex=simplex(played) if here.items == 3 else None, actions=here.actions, payoffs=columns if here.items <= 20 else [],
         tables=[("Duality gap with the KL", table(runs, "gap")), ("Exploitability", table(runs, "exploitability"))],
         long=plan.iterations > 40, script=Markup(POINT))

@@ -90,7 +90,7 @@ def game_of(plan: Plan) -> Game:
     if plan.game is not None:
         found = from_spec(plan.game, "prefopt.games.library")()
     else:
-        found = game.from_file(plan.payoff) if isinstance(plan.payoff, str) else Game(plan.payoff)
+        found = game.from_file(plan.payoff) if isinstance(plan.payoff, str) else Game(plan.payoff, name="the payoff given")
     reference = found.reference if plan.reference is None else None if plan.reference == "uniform" else plan.reference
     return Game(found.payoff, reference, actions=plan.actions or found.actions, name=found.name)
 

@@ -120,7 +120,8 @@ class Table:
         self.game, self.algorithm, self.draws, self.t = game, algorithm, draws, 0
         logits = (game.reference if start is None else start.expand_as(game.reference)).log()
         self.theta = nn.Parameter(logits.clone())
-        self.reference, self.averaged = game.reference.log(), logits.clone()
+        self.reference = (logits if algorithm.objective.reference.moves else game.reference.log()).clone()
+        self.averaged = logits.clone()
         self.reward = algorithm.reward(game)
         self.rows: tuple[Tensor, Tensor] = ()                 # prompt and response of each row
         self.batch: Batch | None = None                       # one optimiser step, annotated
