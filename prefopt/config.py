@@ -297,8 +297,8 @@ def sharded(run: Run, objective) -> None:
                              f"weights: set train.shard=false, or leave {name}.lora and {name}.quantize out")
     optimizer = _named(run.train.optimizer)[0]
     if optimizer in ("Adafactor", "LBFGS", "Muon", "SparseAdam"):
-        raise ValueError(f"train.optimizer={optimizer} looks at whole matrices, of which train.shard leaves each process some rows: "
-                         f"take one that treats every weight by itself, such as AdamW or SGD, or set train.shard=false")
+        raise ValueError(f"train.optimizer={optimizer} looks at whole matrices, of which train.shard leaves each process some "
+                         f"rows: take one that treats every weight by itself, such as AdamW or SGD, or set train.shard=false")
     if run.train.precision == "fp16":
         raise ValueError("train.shard does not go with the loss scaling of train.precision=fp16: set it to bf16 or no")
     if "online" in objective.reads():

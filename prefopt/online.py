@@ -75,6 +75,7 @@ def rollouts(run: Run, data: Prompts, engine, score: Callable, models, tokenizer
     """The source of an on-policy run. `engine` is its sampler, `score` fills in rewards."""
     roll, rank, ranks = run.rollout, accelerator.process_index, processes()
     source: GroupSource
+    latest = None
     if roll.recorded:
         source = sources.Recorded(Path(roll.recorded), rank=rank, ranks=ranks)
     else:
@@ -83,6 +84,10 @@ def rollouts(run: Run, data: Prompts, engine, score: Callable, models, tokenizer
         sample = partial(sampled, run, engine, models, accelerator, program(run, objective))
         source = sources.OnPolicy(data, sample, score, seed=run.train.seed, order=order)
         if getattr(objective, "keep", None) is not None:
+            sampled_of = source
+
+            def latest():
+                return sampled_of.latest
             source = sources.Filter(source, partial(kept, objective, encoder(run, tokenizer)), rounds=roll.refill)
         if roll.mix:
             source = sources.Mix(source, given(run), share=roll.mix.share, seed=run.train.seed)
@@ -91,7 +96,7 @@ def rollouts(run: Run, data: Prompts, engine, score: Callable, models, tokenizer
         if roll.dump:
             source = sources.Dump(source, Path(run.out) / "rollouts", every=roll.dump, rank=rank, ranks=ranks)
     return Rollouts(source, encoder(run, tokenizer), run.train.groups_per_step, prompts=len(data), epochs=run.train.epochs,
-                    rank=rank, ranks=ranks, labels=objective.whole_groups)
+                    rank=rank, ranks=ranks, labels=objective.whole_groups, latest=latest)
 
 
 def named(spec: str | dict) -> tuple[str, dict]:

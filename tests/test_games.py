@@ -208,7 +208,7 @@ def test_oracle_of_a_comparison():
             return [[[0.5, 0.9], [0.1, 0.5]] for _ in groups]
 
     made = oracle.from_comparison(Model())
-    assert (made.name, made.settings()) == ("gpm", {"path": "here", "against": "opponents"})
+    assert (made.name, made.settings()) == ("gpm", {"path": "here", "against": "opponents", "reward": "mean_win"})
     scored, = made([group("a", "b")])
     assert scored.responses[0].scores == {"reward": 0.9}
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from data_tools.columns import nearest
 from data_tools.records import Group, Prompt
 from prefopt.games.game import Game
+from prefopt.parts import name as name_of
 
 __all__ = ["PreferenceOracle", "bradley_terry", "everyone", "from_callable", "from_comparison", "from_game", "mean_score",
            "mean_win", "opponents", "others"]
@@ -84,7 +85,7 @@ class PreferenceOracle:
         self._settings = settings or {}
 
     def settings(self) -> dict:
-        return {**self._settings, "against": self.against.__name__}
+        return {**self._settings, "against": name_of(self.against), "reward": name_of(self.reward)}
 
     def compare(self, groups: Sequence[Group]) -> list[list[list[float | None]]]:
         """P(i beats j) for the responses of each group, with P(i beats j) + P(j beats i) = 1."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data_tools.encoding import Chat, Encoding, encode
+from data_tools.encoding import Chat, Counts, Encoding, encode
 from data_tools.fields import DataError
 from data_tools.records import Group, Prompt, Response
 
@@ -116,7 +116,7 @@ class Engine(ABC):
         prefixes = [()] * len(prompts) if prefixes is None else prefixes
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
         asks = [Ask([*ids.tolist(), *prefix], noise(seed, key), n, limit) for ids, prefix, key, limit in
-                zip(prompt_ids(prompts, self.tokenizer, self.encoding, tools), prefixes, keys, limits, strict=True)]
+                zip(prompt_ids(prompts, self.tokenizer, self.encoding, tools, counts=Counts()), prefixes, keys, limits, strict=True)]
         check(asks)
         made = self.continued(asks, choice)
         found = [len(samples) for samples in made]
@@ -165,10 +165,13 @@ def fresh_seed() -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
-def prompt_ids(prompts: Sequence[Prompt], tokenizer, encoding: Encoding = Encoding(), tools: list | None = None) -> list[Tensor]:
-    """The ids of prompts as training sees them: chat template, BOS and limits. A prompt that is dropped is an error."""
+def prompt_ids(prompts: Sequence[Prompt], tokenizer, encoding: Encoding = Encoding(), tools: list | None = None, *,
+               counts: Counts | None = None) -> list[Tensor]:
+    """The ids of prompts as training sees them: chat template, BOS and limits. A prompt that is dropped is an error; of cut
+    ones there is a warning, or a note in `counts`."""
     meta = {"tools": tools} if tools else {}
-    groups = encode([Group(p, [Response("", tokens=[0])], meta=meta) for p in prompts], tokenizer, encoding)
+    groups = encode([Group(p, [Response("", tokens=[0])], meta=meta) for p in prompts], tokenizer, encoding,
+                    counts=counts)
     if len(groups) < len(prompts):
         raise ValueError(f"{len(prompts) - len(groups)} of {len(prompts)} prompts are longer than the encoding allows: "
                          f"cut them with long_prompt='keep_end', or leave them out")

@@ -70,6 +70,7 @@ class OnPolicy:
         self.prompts, self.sample, self.score, self.seed, self.order = prompts, sample, score, seed, order
         self.position = self.version = 0
         self.known = (-1, np.arange(0))                       # (epoch, its order)
+        self.latest: list[Group] = []                         # all that was sampled for this step, kept or not
 
     def draw(self, count: int) -> list[Group]:
         everyone, start = gather(torch.full((count,), 1))     # the processes take consecutive prompts
@@ -84,7 +85,9 @@ class OnPolicy:
         if len(made) != count or any(not g.responses for g in made):
             raise ValueError(f"the sampler returned {sum(bool(g.responses) for g in made)} groups with responses for {count} "
                              f"prompts")
-        return self.score(made)
+        made = self.score(made)
+        self.latest += made
+        return made
 
     def prompt(self, place: int) -> Group:
         epoch, inside = divmod(place, len(self.prompts))
@@ -94,6 +97,7 @@ class OnPolicy:
 
     def feed(self, groups: Sequence[Group]) -> None:
         self.version += 1
+        self.latest = []
 
     def state_dict(self) -> dict:
         return {"position": self.position, "version": self.version}
@@ -271,8 +275,9 @@ class Rollouts:
     """Groups of a source as batches of the loop, with what can be said about them before training."""
 
     def __init__(self, source: GroupSource, encode: Callable[[list[Group]], Batch], prompts_per_step: int, *, prompts: int,
-                 epochs: float = 1.0, rank: int = 0, ranks: int = 1, labels: bool = False):
-        self.source, self.encode, self.labels = source, encode, labels
+                 epochs: float = 1.0, rank: int = 0, ranks: int = 1, labels: bool = False,
+                 latest: Callable[[], list[Group]] | None = None):
+        self.source, self.encode, self.labels, self.latest = source, encode, labels, latest
         self.share = len(np.array_split(np.arange(prompts_per_step), ranks)[rank])
         if not self.share:
             raise ValueError(f"{ranks} processes share {prompts_per_step} prompts per step: raise train.groups_per_step to at "
@@ -294,8 +299,13 @@ class Rollouts:
         self.source.feed(self.groups)
 
     def metrics(self) -> dict[str, float]:
-        """What was sampled, over all processes."""
-        return measured(self.groups)
+        """What is trained on, over all processes; where a filter stands between, also all that was sampled (sampled/...)."""
+        found = measured(self.groups)
+        if self.latest is not None:
+            every = measured(self.latest())
+            found |= {f"sampled/{k}": every[k] for k in ("reward", "groups/contrast", "pass@1") if k in every}
+            found["sampled/groups"] = float(total(torch.tensor(len(self.latest()))))
+        return found
 
     def state_dict(self) -> dict:
         return self.source.state_dict()
