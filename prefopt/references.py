@@ -102,6 +102,9 @@ class Extrapolated:
                 before.copy_(solved)
                 r.copy_(p)
 
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.spec() == other.spec()
+
     def spec(self) -> dict:
         return {"alpha": self.alpha, "every": self.every}
 

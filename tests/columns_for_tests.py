@@ -77,6 +77,7 @@ def columns(labels: list[list[dict]], *, tokens: int = 6, seed: int = 0, dtype=t
         "reward": uniform(n), "relevance": label("relevance", NAN, dtype), "level": label("level", 0, torch.long),
         "contrast": label("contrast", 0, torch.long), "position": label("position", 1, torch.long),
         "rationale": label("rationale", False, torch.bool), "online": label("online", False, torch.bool),
+        "from_reference": label("from_reference", False, torch.bool),
         "degree": label("degree", -1, torch.long), "side": label("side", -1, torch.long),
         "outputs": 4 * uniform(n, 4) - 2, "token_reward": 4 * uniform(n, tokens) - 2, "prompt_state": uniform(n, 3),
         "segment": (4 * uniform(n, tokens)).floor(),
@@ -107,6 +108,8 @@ def labels(name: str) -> list[list[dict]]:
         return [[{"relevance": float(grade)} for grade in group] for group in ((0, 2), (3,), (1, 1, 0), (2, 3), (1,))]
     if name == "hypo":
         return [pair() + [{"online": True}] * k for k in (2, 0, 3, 1)]
+    if name == "xpo":
+        return [pair(), *([{"relevance": y, "from_reference": y == best} for y in (1.0, 0.0)] for best in (1.0, 0.0, 1.0))]
     if name in ("rationale", "rationale_released"):
         return [pair() + [{"rationale": True}] * k for k in (1, 0, 1, 1)]
     if name == "spo_degree":

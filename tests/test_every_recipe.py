@@ -200,6 +200,24 @@ def in_context_weight(y, position):
     return (2 ** y - 1) / torch.log2(1 + position)
 
 
+def over_unordered(columns, each):
+    """Mean over pairs of a group's rows, whatever their labels, then over groups that have any."""
+    index = Batch(columns).index
+    found = [[each(i, j) for i in range(len(index)) for j in range(i) if index[i] == index[j] == b]
+             for b in range(int(index.max()) + 1)]
+    found = [sum(x) / len(x) for x in found if x]
+    return sum(found) / len(found)
+
+
+def over_rows(columns, each, counted=None):
+    """Mean over a group's rows that count, then over groups that have any."""
+    index = Batch(columns).index
+    some = torch.ones(len(index), dtype=torch.bool) if counted is None else counted
+    found = [[float(each(i)) for i in range(len(index)) if index[i] == b and some[i]] for b in range(int(index.max()) + 1)]
+    found = [sum(x) / len(x) for x in found if x]
+    return sum(found) / len(found)
+
+
 LOG2 = math.log(2)
 # the text of a docstring's line "At policy = reference: ..." -> its value, from the columns and the settings s
 CONSTANTS = {
@@ -240,6 +258,14 @@ CONSTANTS = {
     "log 2 - gamma lp_z": lambda c, s: LOG2 - s["gamma"] * float(sums(c)[c["rationale"]].sum()) / Batch(c).groups,
     "log 2 - log sigmoid(gamma lp_z)": lambda c, s: LOG2 + float(
         torch.log1p(torch.exp(-s["gamma"] * sums(c)[c["rationale"]])).sum()) / Batch(c).groups,
+    "1 / (4 beta^2)": lambda c, s: 1 / (4 * s["beta"] ** 2),
+    "the mean over pairs of ((q_1 - q_2) / beta)^2": lambda c, s: over_unordered(
+        c, lambda i, j: float((c["reward"][i] - c["reward"][j]) / s["beta"]) ** 2),
+    "the mean of ((q - 1/2) / beta)^2": lambda c, s: over_rows(c, lambda i: ((c["reward"][i] - 0.5) / s["beta"]) ** 2),
+    "the mean of (s / beta)^2": lambda c, s: over_rows(
+        c, lambda i: (c["reward"][i] / s["beta"]).clamp(-s["limit"], s["limit"]) ** 2),
+    "the mean over pairs of (s_12 / beta)^2": lambda c, s: s["limit"] ** 2,       # hard labels: the log-odds are infinite
+    "log 2 + alpha lp_ref": lambda c, s: LOG2 + s["alpha"] * over_rows(c, lambda i: sums(c)[i], c["from_reference"]),
     "log 2 + 2 gamma log M": lambda c, s: LOG2 + 2 * s["gamma"] * math.log(s["degrees"]),
 }
 
@@ -306,7 +332,7 @@ def bandit(name, theta, reward):
             "collision": (2 * logp).logsumexp(0) * one, "mismatched": torch.zeros(n).double(),
             "position": torch.arange(n) % size + 1, "states_ref": torch.ones(n, 1, 2, 3).double(),
             "last_state": theta[arms][:, None] * torch.tensor([1.0, 0.0, 0.0]), "segment": 0 * one,
-            "rationale": torch.zeros(n).bool(), "online": torch.zeros(n).bool(),
+            "rationale": torch.zeros(n).bool(), "online": torch.zeros(n).bool(), "from_reference": torch.arange(n) % size == 0,
             "level": torch.zeros(n).long(), "contrast": torch.zeros(n).long(), "degree": -torch.ones(n).long(),
             "side": -torch.ones(n).long(), "token_reward": theta[arms][:, None], "step_label": relevance[:, None],
             "outputs": torch.stack([theta[arms], one[:, 0]] * 2, 1), "rewards": reward[arms][:, None].expand(n, 4),

@@ -296,6 +296,17 @@ def test_play_of_a_csv_beside_the_game_file(tmp_path):
     assert out.exit_code == 0, out.output
 
 
+def test_a_game_too_large_to_solve_is_drawn(tmp_path):
+    """What the error advises works: samples, without an equilibrium to compare with."""
+    plan = dict(game={"random": {"items": 513}}, iterations=2, algorithms=["egpo"])
+    assert "samples: 100" in " ".join(cli("play", write(tmp_path, **plan)).stderr.split())
+    out = cli("play", write(tmp_path, **plan, samples=2), "-o", tmp_path / "page.html", "--json", tmp_path / "all.json")
+    assert out.exit_code == 0, out.output
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert found["nash"] is None and len(found["algorithms"]["egpo"]["gap"]) == 3
+    assert "distance" not in (tmp_path / "page.html").read_text().split("</style>")[1]
+
+
 @pytest.mark.parametrize("plan, said", [
     (dict(game="rsp"), "no part 'rsp', did you mean 'rps'"), (dict(), "give either `game`"),
     (dict(game="rps", payoff=[[0.5]]), "give either `game`"), (dict(game="rps", itertions=3), "did you mean 'iterations'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from markupsafe import Markup
 from torch import Tensor
 
@@ -44,7 +45,8 @@ class="number">{{ run.name }}</th>{% endfor %}</tr></thead><tbody>
 {%- for row in rows %}<tr>{% for cell in row %}<td class="number">{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {%- endfor %}
-<h2>Game</h2>
+{%- if payoffs %}
+<h2>Game</h2>{% endif %}
 {%- for rows in payoffs %}
 <div class="scroll"><table><caption>P(row beats column), the reference, and both equilibria
 {{- " of prompt " ~ loop.index if payoffs | length > 1 }}</caption><thead><tr><td></td>{% for name in actions %}<th scope="col"
@@ -55,6 +57,23 @@ class="number">{{ "%.3g" | format(cell) }}</td>{% endfor %}</tr>{% endfor %}</tb
 {%- endfor %}
 <script>{{ script }}</script></body></html>
 """
+
+
+FIGURES = (
+    ("gap", "duality gap with the KL", "What both players may gain under the KL; 0 at the equilibrium with the KL alone."),
+    ("exploitability", "exploitability", "What the best opponent wins above 1/2, without a KL; 0 at an equilibrium without one, "
+     "so that a KL keeps it from 0."),
+    ("distance", "distance from the equilibrium", "KL(equilibrium with the KL || policy). A line that falls straight converges "
+     "linearly."))
+
+
+def payoffs(played: Played) -> list[list[list[float]]]:
+    """Rows of P, the reference and both equilibria for the first prompts; nothing of a game too large to read."""
+    here = played.game
+    if here.items > 20:
+        return []
+    beside = zip(here.payoff, here.reference, played.equilibrium, played.nash, strict=True)
+    return [torch.cat([P, torch.stack([*policies], 1)], 1).tolist() for P, *policies in beside][:4]
 
 
 def drawn(runs: Sequence[Run], key: str, label: str) -> Markup:
@@ -95,17 +114,10 @@ def render(played: Played) -> str:
         ", an oracle that answers 0 or 1" if plan.verdicts else "")
     words = (f"{here.items} responses, {here.prompts} prompt{'s' * (here.prompts > 1)}, KL weight {plan.beta:g}, "
              f"{plan.iterations} iterations, {how}. Gaps and exploitability are means over prompts.")
-    figures = [("duality gap with the KL", drawn(runs, "gap", "duality gap"), "What both players may gain under the KL; 0 at the "
-                "equilibrium with the KL alone."),
-               ("exploitability", drawn(runs, "exploitability", "exploitability"), "What the best opponent wins above 1/2, "
-                "without a KL; 0 at an equilibrium without one, so that a KL keeps it from 0."),
-               ("distance from the equilibrium", drawn(runs, "distance", "KL from the equilibrium"), "KL(equilibrium with the KL "
-                "|| policy). A line that falls straight converges linearly.")]
-    columns = [[[*P[i].tolist(), float(r[i]), float(e[i]), float(n[i])] for i in range(here.items)] for P, r, e, n in
-               zip(here.payoff, here.reference, played.equilibrium, played.nash, strict=True)][:4]
+    figures = [(title, drawn(runs, key, title), said) for key, title, said in FIGURES if getattr(runs[0], key) is not None]
     return environment().from_string(PAGE).render(
         title=f"Game of {here.name}", css=Markup(CSS + OWN), words=words, runs=runs, mark=mark, figures=figures,
-        simplex=simplex(played) if here.items == 3 else None, actions=here.actions, payoffs=columns if here.items <= 20 else [],
+        simplex=simplex(played) if here.items == 3 else None, actions=here.actions, payoffs=payoffs(played),
         tables=[("Duality gap with the KL", table(runs, "gap")), ("Exploitability", table(runs, "exploitability"))],
         long=plan.iterations > 40, script=Markup(POINT))
 

@@ -45,15 +45,15 @@ class Run:
     policies: Tensor
     gap: Tensor                                               # duality gap with the KL
     exploitability: Tensor                                    # what the best opponent wins above 1/2, without a KL
-    distance: Tensor                                          # KL(equilibrium || policy)
+    distance: Tensor | None                                   # KL(equilibrium || policy), where the equilibrium is known
 
 
 @dataclass(frozen=True)
 class Played:
     plan: Plan
     game: Game
-    equilibrium: Tensor                                       # with the KL
-    nash: Tensor                                              # without
+    equilibrium: Tensor | None                                # with the KL; None where the game is too large to solve
+    nash: Tensor | None                                       # without
     runs: list[Run]
 
 
@@ -121,7 +121,8 @@ def shown(spec: str | dict) -> str:
 def run(plan: Plan) -> Played:
     """Plays every algorithm of the plan."""
     here = game_of(plan)
-    equilibrium, nash = solve.equilibrium(here, plan.beta), solve.nash(here)
+    solved = plan.samples is None or here.items <= game.LARGEST
+    equilibrium, nash = (solve.equilibrium(here, plan.beta), solve.nash(here)) if solved else (None, None)
     made = {shown(spec): algorithm_of(spec, here, plan.beta) for spec in plan.algorithms}
     if len(made) < len(plan.algorithms):
         raise ValueError(f"algorithms: one is named twice with the same settings: {', '.join(map(shown, plan.algorithms))}")
@@ -131,8 +132,9 @@ def run(plan: Plan) -> Played:
         logp = play(here, algorithm, iterations=plan.iterations, start=start, samples=plan.samples, verdicts=plan.verdicts,
                     seed=plan.seed)
         policies = logp.exp()
+        distance = solve.kl(equilibrium, policies).mean(-1) if solved else None
         found.append(Run(name, policies, solve.regularised_gap(here, policies, plan.beta).mean(-1),
-                         solve.exploitability(here, policies).mean(-1), solve.kl(equilibrium, policies).mean(-1)))
+                         solve.exploitability(here, policies).mean(-1), distance))
     return Played(plan, here, equilibrium, nash, found)
 
 
@@ -147,11 +149,12 @@ def iterations_shown(last: int) -> list[int]:
 
 def record(played: Played) -> dict:
     """What was played, as plain JSON: every iteration of every algorithm."""
+    listed = lambda tensor: None if tensor is None else tensor.tolist()
     return {"game": played.game.name, "payoff": played.game.payoff.tolist(), "actions": played.game.actions,
-            "reference": played.game.reference.tolist(), "beta": played.plan.beta, "equilibrium": played.equilibrium.tolist(),
-            "nash": played.nash.tolist(),
+            "reference": played.game.reference.tolist(), "beta": played.plan.beta, "equilibrium": listed(played.equilibrium),
+            "nash": listed(played.nash),
             "algorithms": {r.name: {"gap": r.gap.tolist(), "exploitability": r.exploitability.tolist(),
-                                    "kl_from_equilibrium": r.distance.tolist(), "policies": r.policies.tolist()}
+                                    "kl_from_equilibrium": listed(r.distance), "policies": r.policies.tolist()}
                            for r in played.runs}}
 
 

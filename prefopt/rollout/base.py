@@ -115,14 +115,15 @@ class Engine(ABC):
         keys = identify(prompts) if keys is None else keys
         prefixes = [()] * len(prompts) if prefixes is None else prefixes
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+        found = prompt_ids(prompts, self.tokenizer, self.encoding, tools, counts=Counts())
         asks = [Ask([*ids.tolist(), *prefix], noise(seed, key), n, limit) for ids, prefix, key, limit in
-                zip(prompt_ids(prompts, self.tokenizer, self.encoding, tools, counts=Counts()), prefixes, keys, limits, strict=True)]
+                zip(found, prefixes, keys, limits, strict=True)]
         check(asks)
         made = self.continued(asks, choice)
-        found = [len(samples) for samples in made]
-        if found != [n] * len(prompts):
+        sizes = [len(samples) for samples in made]
+        if sizes != [n] * len(prompts):
             raise RuntimeError(f"{n} responses were asked for each of {len(prompts)} prompts, and the engine returned "
-                               f"{sorted(set(found))} for {len(found)}")
+                               f"{sorted(set(sizes))} for {len(sizes)}")
         if self.version != held:
             raise StaleSampler(f"the weights of the sampler changed while it sampled, from version {held} to {self.version}")
         told = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "version": held, "seed": seed}
