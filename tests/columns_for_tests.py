@@ -159,7 +159,7 @@ def columns_for(name: str, *, seed: int = 0, dtype=torch.float64) -> dict[str, t
     if name in ON_POLICY:
         return rollouts(seed=seed, dtype=dtype)
     made = columns(labels(name), seed=seed, dtype=dtype)
-    if name != "trpa":                                        # elsewhere the policy before the step is `logp` itself
+    if name not in ("inpo", "trpa"):                          # elsewhere the policy before the step is `logp` itself
         del made["logp_old"]
     width = getattr(recipes, name)(**SETTINGS.get(name, {})).outputs
     return {**made, "outputs": made["outputs"][:, :width]} if width else made

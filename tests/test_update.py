@@ -127,6 +127,7 @@ def test_moving_out_of_range(settings, said):
 class Some:
     """Stands for models: a matrix and a vector that train."""
     matrix, vector = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
+    critic = None
 
     def trainable(self):
         return [("matrix", self.matrix), ("vector", self.vector)]
