@@ -20,6 +20,7 @@ from torch import nn
 
 from prefopt import sharding
 from prefopt.ops import is_first
+from prefopt.parts import Stateful
 from prefopt.sharding import collected, divided
 
 
@@ -31,6 +32,8 @@ def write(folder: Path, *, model: nn.Module, tokenizer, optimizer, scheduler, so
         tensors.update({f"module.{i}.{k}": v for k, v in module.state_dict().items()})
     if reference is not None:
         tensors.update({f"reference.{i}": t for i, t in enumerate(reference)})
+    if isinstance(objective.reference, Stateful):             # tensors that a rule remembers
+        tensors.update({f"rule.{i}": t for i, t in enumerate(objective.reference.state_dict()["before"])})
     state = {"optimizer": plain, "scheduler": scheduler.state_dict(), "source": source.state_dict(),
              "parts": {k: p.state_dict() for k, p in objective.states().items()}, "progress": progress,
              "scaler": scaler.state_dict() if scaler else None}
@@ -128,6 +131,11 @@ def read(folder: Path, *, optimizer, scheduler, source, objective, reference: li
         module.load_state_dict({k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)})
     for key, part in objective.states().items():
         part.load_state_dict(state["parts"][key])
+    if isinstance(objective.reference, Stateful):
+        before = [tensors[f"rule.{i}"] for i in range(sum(n.startswith("rule.") for n in tensors))]
+        like = reference or before
+        objective.reference.load_state_dict({"before": [divided(t, r).to(r.device) for t, r in zip(before, like, strict=True)]
+                                             if before else []})
     if reference is not None:
         with torch.no_grad():
             for i, t in enumerate(reference):

@@ -221,6 +221,9 @@ class Run(Settings):
                              f"set train.groups_per_step to at least 2")
         sampled(self, objective)
         sharded(self, objective)
+        if _named(self.update)[0] == "look_ahead":
+            raise ValueError("update: look_ahead takes its second gradient on fresh samples of the policy one step ahead, which "
+                             "only games have so far (prefopt play): use extragradient, which takes it on the same samples")
         aspects = len(self.data.encoded().aspects)
         if "rewards" in objective.reads() and aspects != objective.outputs:
             raise ValueError(f"recipe {self.recipe!r} learns {objective.outputs} aspects, and data.encoding.aspects names "

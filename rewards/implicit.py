@@ -117,7 +117,7 @@ def step_ends(text: str, splitter: Splitter, spans: Sequence[tuple[int, int]]) -
 def steps_of(words: Sequence[str], rewards: Sequence[float], splitter: Splitter, *, last: bool = False) -> list[dict]:
     """Steps of a response given as the texts of its tokens, with the sum of their tokens' rewards, or that of the last one.
 
-    >>> steps_of(["a ", "b\n", "c"], [1.0, 2.0, 4.0], newline)
+    >>> steps_of(["a ", "b. ", "c"], [1.0, 2.0, 4.0], sentence)
     [{'start': 0, 'end': 2, 'reward': 3.0}, {'start': 2, 'end': 3, 'reward': 4.0}]
     """
     places = list(accumulate(map(len, words), initial=0))

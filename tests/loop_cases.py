@@ -25,6 +25,7 @@ CASES = {
     "replay": ("dapo", {"rollout": {**ROLLOUT, "refill": 2, "replay": {"size": 8, "share": 0.3}, "samples_per_update": 9},
                         "set.limit": 5, "set.correction": "truncated"}),
     "online_dpo": ("online_dpo", {"rollout": ROLLOUT}),
+    "momentum": ("apo_accel", {"set.alpha": 0.5, "set.every": 2}),
     "dpo": ("dpo", {}),
     "tr_dpo": ("tr_dpo", {"set.alpha": 0.5, "set.every": 2}),
     "sparsepo": ("sparsepo", {"set.dropout": 0.3, "set.l1_reward": 0.01, "train.modules.lr": 0.01}),

@@ -408,7 +408,7 @@ def test_explain():
 
 
 def test_explain_of_nothing():
-    found = prefopt("explain", "dop")
+    found = prefopt("explain", "dpoo")
     assert found.code == 2 and "did you mean 'dpo'" in found.text
 
 

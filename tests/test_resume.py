@@ -52,7 +52,7 @@ def crash(at: int):
 
 # ------------------------------------------------------------------------------------------------------ stopped anywhere
 MOMENTS = {"dpo": 1, "tr_dpo": 3, "sparsepo": 5, "bco": 5, "hypo": 3, "lora": 5, "bfloat16": 3, "early": 5, "grpo": 3, "ppo": 5,
-           "replay": 3, "online_dpo": 3}
+           "replay": 3, "online_dpo": 3, "momentum": 5}
 
 
 @pytest.mark.parametrize("case", CASES)
