@@ -47,9 +47,10 @@ def egpo(*, beta=0.1):
 
     L = (rho_1 - rho_2 - (q_1 - q_2) / beta)^2,   q_i = P(y_i beats y''), y'' an opponent that both responses share
 
-    Its update is `look_ahead`, which games have (`prefopt play`) and language models do not yet: two gradients, two rounds of sampling and one copy of what trains. The rewards of the
-    responses are their win rates against the group's opponents, rows with train False; the responses should be as good as
-    uniform (the authors: temperature 2, top-k 10), the opponents those of the policy.
+    Its update is `look_ahead`, which games have (`prefopt play`) and language models do not yet: two gradients, two rounds of
+    sampling and one copy of what trains. The rewards of the responses are their win rates against the group's opponents, rows
+    with train False; the responses should be as good as uniform (the authors: temperature 2, top-k 10), the opponents those of
+    the policy.
 
     beta        weight of the KL to the reference
     Departs     log-probabilities are summed, as in the theory; the authors' trainer divides them by the length
