@@ -26,7 +26,7 @@ from data_tools.columns import nearest
 from data_tools.records import Group, Message, Prompt, Response
 
 __all__ = ["Comparison", "MeanWin", "MissingField", "Reward", "Row", "RowReward", "ScoringError", "Unreachable", "as_reward",
-           "final_text", "mean_wins", "rows_of", "score", "user_text", "values_of"]
+           "fill", "final_text", "mean_wins", "rows_of", "score", "user_text", "values_of"]
 
 
 @dataclass(frozen=True)
@@ -209,17 +209,21 @@ def score(groups: Sequence[Group], rewards: Mapping[str, Callable] | Sequence[Ca
     named = rewards if isinstance(rewards, Mapping) else {as_reward(r).name: r for r in rewards}
     rows = rows_of(groups)
     for name, thing in named.items():
-        reward = as_reward(thing, name)
-        for row, value in zip(rows, values_of(reward, rows, on_error), strict=True):
-            row.response.scores.pop(name, None)
-            unscored = {k: why for k, why in row.response.meta.pop("unscored", {}).items() if k != name}
-            if isinstance(value, ScoringError):
-                unscored[name] = str(value)
-            else:
-                row.response.scores[name] = value
-            if unscored:
-                row.response.meta["unscored"] = unscored
+        fill(rows, name, values_of(as_reward(thing, name), rows, on_error))
     return list(groups)
+
+
+def fill(rows: Sequence[Row], name: str, values: Sequence[float | ScoringError]) -> None:
+    """Write a reward's numbers into `scores`, and why there is none into meta under "unscored"."""
+    for row, value in zip(rows, values, strict=True):
+        row.response.scores.pop(name, None)
+        unscored = {k: why for k, why in row.response.meta.pop("unscored", {}).items() if k != name}
+        if isinstance(value, ScoringError):
+            unscored[name] = str(value)
+        else:
+            row.response.scores[name] = value
+        if unscored:
+            row.response.meta["unscored"] = unscored
 
 
 def values_of(reward: Reward, rows: Sequence[Row], on_error: str = "raise") -> list[float | ScoringError]:

@@ -21,8 +21,8 @@ from data_tools.records import Group
 from prefopt.parts import checked
 from rewards.base import Reward, Row, ScoringError, as_reward, rows_of, values_of
 
-__all__ = ["Combined", "constants", "ensemble", "load", "lower_bound", "mean", "minimum", "product", "save", "standardised",
-           "tiers", "weighted", "weighted_sum"]
+__all__ = ["Chosen", "Combined", "chosen", "constants", "ensemble", "load", "lower_bound", "mean", "minimum", "product", "save",
+           "standardised", "tiers", "weighted", "weighted_sum"]
 
 Scores = Mapping[str, float]
 Weights = Mapping[str, float] | Callable[[Row], Mapping[str, float]]
@@ -240,3 +240,39 @@ def ensemble(*, parts: Mapping[str, object], by: str = "mean", k: float | None =
     if by not in WAYS:
         raise ValueError(f"an ensemble is combined by one of {', '.join(WAYS)}, found {by!r}{nearest(by, WAYS)}")
     return Combined(named(parts), WAYS[by] if k is None else partial(WAYS[by], **checked(by, WAYS[by], {"k": k})))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Each row is scored by the reward that one of its fields names."""
+    field: str
+    rewards: Mapping[str, Reward]
+    name: str = "chosen"
+
+    def settings(self) -> dict:
+        return {"field": self.field, "rewards": {k: {r.name: r.settings()} for k, r in self.rewards.items()}}
+
+    def __call__(self, rows: Sequence[Row]) -> list[float | ScoringError]:
+        out: list = [None] * len(rows)
+        of: dict[str, list[int]] = {}
+        for n, row in enumerate(rows):
+            which = row.fields().get(self.field)
+            if which in self.rewards:
+                of.setdefault(which, []).append(n)
+            else:
+                out[n] = ScoringError(f"the field {self.field!r} is {which!r}{nearest(str(which), self.rewards)}, which names "
+                                      f"none of the rewards {', '.join(self.rewards)}")
+        for which, places in of.items():
+            for n, value in zip(places, values_of(self.rewards[which], [rows[n] for n in places], "mark"), strict=True):
+                out[n] = value
+        return out
+
+
+def chosen(*, field: str, parts: Mapping[str, object]) -> Reward:
+    """A reward for each row, chosen by a field of its record: {"verifier": "math"} beside {"verifier": "code"}.
+
+    field       whose value names the part
+    parts       {value: reward}, a reward as in `rewards.index.find`
+    Edge        a value that names no part is an error of the row
+    """
+    return Chosen(field, named(parts))

@@ -30,7 +30,9 @@ WHERE = {
     "r3": "rewards.relevance:R3", "apc": "rewards.persona:APC",
     "judge": "rewards.judge:judge", "panel": "rewards.judge:panel", "rating": "rewards.judge:rating",
     "weighted": "rewards.combine:weighted", "tiers": "rewards.combine:tiers", "ensemble": "rewards.combine:ensemble",
+    "chosen": "rewards.combine:chosen",
     "calibrated": "rewards.calibrate:calibrated", "timed": "rewards.cached:timed", "remote": "rewards.serve:remote",
+    "trl": "rewards.trl:from_trl",
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from data_tools.records import Group
-from rewards.base import ScoringError, as_reward, rows_of, score
+from rewards.base import ScoringError, as_reward, fill, rows_of, values_of
 from rewards.cached import Timed
 from rewards.index import find
 
@@ -55,11 +55,13 @@ class Scorer:
             self.named[name] = thing, weight
 
     def __call__(self, groups: list[Group]) -> list[Group]:
+        rows = rows_of(groups)
         with ThreadPoolExecutor(max(1, len(self.named))) as pool:
-            done = [pool.submit(score, groups, {name: thing}, on_error=self.unscored) for name, (thing, _) in self.named.items()]
-            for one in done:
-                one.result()
-        for row in rows_of(groups):
+            found = {name: pool.submit(values_of, as_reward(thing, name), rows, self.unscored)
+                     for name, (thing, _) in self.named.items()}
+        for name, values in found.items():
+            fill(rows, name, values.result())
+        for row in rows:
             scores = row.response.scores
             scores.pop("reward", None)
             if missing := sorted(self.named.keys() - scores.keys()):

@@ -86,3 +86,12 @@ class FromTRL:
             columns = {p.name: columns[p.name] for p in accepted if p.name in columns}
         return [ScoringError("returned None: the reward does not apply to this row") if x is None else x
                 for x in self.trl(**columns)]
+
+
+def from_trl(*, function: str) -> Reward:
+    """A reward function written for TRL, f(prompts, completions, **columns) -> numbers, named as 'module:function'.
+
+    Raises ValueError where there is none of that name.
+    """
+    from prefopt import parts
+    return FromTRL(parts.find(function, ""), function.rpartition(":")[2])

@@ -366,3 +366,25 @@ def test_updates_cover_every_group_once_an_epoch(place):
 
 
 assert set(loop_cases.CASES) >= {"grpo", "ppo", "replay", "online_dpo"}
+
+
+def lengths(prompts, completions, **columns):
+    """A reward as TRL calls it."""
+    return [float(len(c)) for c in completions]
+
+
+def test_a_reward_function_of_trl():
+    group, = Scorer([{"trl": {"function": "test_online:lengths", "weight": 2.0}}])([Group("p", [Response("abc")])])
+    assert group.responses[0].scores == {"lengths": 3.0, "reward": 6.0}
+    with pytest.raises(ValueError, match="has no 'length', did you mean 'lengths'"):
+        Scorer([{"trl": {"function": "test_online:length"}}])
+
+
+def test_a_field_of_the_record_chooses_the_reward():
+    spec = {"chosen": {"field": "verifier", "parts": {"flat": "test_online:half", "count": "loop_cases:ones"}}}
+    groups = [Group("p", [Response("w1 w1"), Response("w9")], meta={"verifier": which}) for which in ("count", "flat", "cont")]
+    with pytest.raises(ScoringError, match="is 'cont', did you mean 'count'"):
+        Scorer(spec)(groups)
+    Scorer(spec, unscored="mark")(groups)
+    assert [[r.scores.get("reward") for r in g.responses] for g in groups] == [[2.0, 0.1], [0.5, 0.5], [None, None]]
+    assert "cont" in groups[2].responses[0].meta["unscored"]["chosen"]
