@@ -111,7 +111,7 @@ class Rollout(Settings):
     Batch numbers: train.groups_per_step prompts a step, k responses a prompt, samples_per_update responses an optimiser
     step.
     """
-    rewards: str | dict | list[str | dict] = Field([], validate_default=False)      # names with arguments and weights
+    rewards: str | dict | list[str | dict] = []               # names with arguments and weights
     k: int = Field(8, ge=1)
     samples_per_update: int | None = Field(None, ge=1)        # all of the step when left out: strictly on-policy
     epochs: int = Field(1, ge=1)                              # how often a rollout is gone through
@@ -221,7 +221,7 @@ class Run(Settings):
                              f"set train.groups_per_step to at least 2")
         sampled(self, objective)
         sharded(self, objective)
-        if _named(self.update)[0] == "look_ahead":
+        if named(self.update)[0] == "look_ahead":
             raise ValueError("update: look_ahead takes its second gradient on fresh samples of the policy one step ahead, which "
                              "only games have so far (prefopt play): use extragradient, which takes it on the same samples")
         aspects = len(self.data.encoded().aspects)
@@ -240,7 +240,7 @@ class Run(Settings):
 
     def make_optimizer(self):
         """What makes the optimiser from parameter groups: a class of torch.optim (or module:name) and its arguments."""
-        name, arguments = _named(self.train.optimizer)
+        name, arguments = named(self.train.optimizer)
         found = parts.find(name, "torch.optim")
         if not (":" in name or inspect.isclass(found) and hasattr(found, "step")):
             raise ValueError(f"train.optimizer: {name!r} is no optimiser; for instance AdamW, SGD, Adafactor")
@@ -263,9 +263,11 @@ def sampled(run: Run, objective) -> None:
             raise ValueError(f"recipe {name!r} learns from the rewards of responses sampled in training: give a block rollout, "
                              f"for instance rollout: {{k: 8, rewards: [final_answer]}}, and prompts as data.train")
         return
-    if not roll.rewards and not roll.recorded:
-        raise ValueError("rollout.rewards: missing: name what scores a response, for instance [final_answer]; `prefopt reward "
-                         "list` shows all")
+    sampler, known = named(roll.sampler)[0], ("transformers", "vllm", "vllm_server")
+    if sampler not in known and ":" not in sampler:
+        raise ValueError(f"rollout.sampler: there is no sampler {sampler!r}{nearest(sampler, known)}; samplers: "
+                         f"{', '.join(known)}, or 'module:name'")
+    parts.find(named(roll.order)[0], "prefopt.rollout.orders")
     if {"mismatched", "online"} & objective.reads():
         raise ValueError(f"recipe {name!r} needs other rows than the sampled ones, which rollout does not make: leave rollout "
                          f"out, or take dpo or another recipe of pairs or lists")
@@ -298,7 +300,7 @@ def sharded(run: Run, objective) -> None:
         if model and (model.lora or model.quantize):
             raise ValueError(f"train.shard divides weights that train as they are, and {name} has adapters or quantised "
                              f"weights: set train.shard=false, or leave {name}.lora and {name}.quantize out")
-    optimizer = _named(run.train.optimizer)[0]
+    optimizer = named(run.train.optimizer)[0]
     if optimizer in ("Adafactor", "LBFGS", "Muon", "SparseAdam"):
         raise ValueError(f"train.optimizer={optimizer} looks at whole matrices, of which train.shard leaves each process some "
                          f"rows: take one that treats every weight by itself, such as AdamW or SGD, or set train.shard=false")
@@ -309,8 +311,8 @@ def sharded(run: Run, objective) -> None:
                          f"lengths on different processes, so that train.shard would wait for ever: set train.shard=false, or "
                          f"train on rollouts of a server (rollout.sampler: vllm_server)")
     roll = run.rollout
-    if roll and (not roll.recorded or run.data.eval) and _named(roll.sampler)[0] in ("transformers", "vllm"):
-        raise ValueError(f"rollout.sampler={_named(roll.sampler)[0]} samples from a model that each process holds whole, and "
+    if roll and (not roll.recorded or run.data.eval) and named(roll.sampler)[0] in ("transformers", "vllm"):
+        raise ValueError(f"rollout.sampler={named(roll.sampler)[0]} samples from a model that each process holds whole, and "
                          f"train.shard divides it: start a server (python -m prefopt.rollout.serve) and set rollout.sampler to "
                          f"vllm_server, or train on recorded rollouts (rollout.recorded, without data.eval), or set "
                          f"train.shard=false")
@@ -360,7 +362,7 @@ RANGES = {"beta": positive, "tau": positive, "flip": below_half, "label_smoothin
 
 def _part(slot: str, spec, home: str):
     """A part from its spec, with arguments of the right type and in range."""
-    name, arguments = _named(spec)
+    name, arguments = named(spec)
     found = parts.find(name, home)
     if not callable(found):
         raise ValueError(f"set.{slot}: {name!r} is no part, it cannot be called")
@@ -372,7 +374,7 @@ def _part(slot: str, spec, home: str):
     return made() if isinstance(made, type) else made
 
 
-def _named(spec) -> tuple[str, dict]:
+def named(spec) -> tuple[str, dict]:
     """'name' or {name: {argument: value}}, taken apart."""
     if isinstance(spec, dict) and len(spec) == 1:
         (spec, arguments), = spec.items()
@@ -404,7 +406,7 @@ def _documented(name: str) -> None:
 
 def home_of(slot: str, spec, homes: Sequence[str]) -> str:
     """Which of a slot's modules has the part that `spec` names."""
-    name, _ = _named(spec)
+    name, _ = named(spec)
     known = {n: home for home in homes for n in import_module(home).__all__}
     if name not in known and ":" not in name:
         raise ValueError(f"no {slot} {name!r}{nearest(name, known)}; {slot}: {', '.join(known)}")
@@ -419,7 +421,7 @@ def _several(slot: str, spec, homes: Sequence[str]) -> dict:
         return {column: _part(slot, one, home_of(slot, one, homes)) for column, one in (spec or {}).items()}
     out = {}
     for item in spec if isinstance(spec, list) else [spec]:
-        name, arguments = _named(item)
+        name, arguments = named(item)
         if name in out:
             raise ValueError(f"set.{slot} has {name!r} twice")
         weight = arguments.get("weight", 1.0)

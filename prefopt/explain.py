@@ -256,18 +256,18 @@ def rollout_of(run: Run) -> str:
         + (f", top_k {roll.top_k}" if roll.top_k else "")
     return (f"{run.train.groups_per_step} prompts x {roll.k} responses = {samples} samples per step, {updates} "
             f"update{'s' * (updates != 1)} of {roll.samples_per_update or samples} samples; up to {roll.max_new_tokens} "
-            f"tokens, {how}, " + (f"read from {roll.recorded}" if roll.recorded else f"by {_named(roll.sampler)}"))
+            f"tokens, {how}, " + (f"read from {roll.recorded}" if roll.recorded else f"by {spelt(roll.sampler)}"))
 
 
 def rewards_of(run: Run) -> str:
     specs = run.rollout.rewards if run.rollout else []
-    return ", ".join(map(_named, [specs] if isinstance(specs, (str, dict)) else specs))
+    return ", ".join(map(spelt, [specs] if isinstance(specs, (str, dict)) else specs))
 
 
-def _named(spec: str | Mapping) -> str:
+def spelt(spec: str | Mapping) -> str:
     """'name' or {name: {argument: value}} in words.
 
-    >>> _named({"bleu": {"weight": 0.5}})
+    >>> spelt({"bleu": {"weight": 0.5}})
     'bleu (weight 0.5)'
     """
     if isinstance(spec, str):

@@ -29,15 +29,20 @@ from prefopt.policy import Penalty
 # ------------------------------------------------------------------------------------------------------------- data
 def groups(run: Run, held_out: bool):
     """The run's groups, read, checked and (on purpose, at a known rate) flipped, lazily."""
-    from data_tools import formats, labels, validate
-    d = run.data
-    found = formats.load(d.eval if held_out else d.train, format=d.format, streaming=d.streaming, columns=d.columns,
-                         split=d.eval_split if held_out else d.split, limit=d.eval_limit if held_out else d.limit)
-    objective = run.objective()
+    from data_tools import labels, validate
+    d, found, objective = run.data, loaded(run, held_out), run.objective()
     pairs = kind(objective.ranking) == "Pairs"
     needed = (validate.paired if pairs else validate.labelled,) if "relevance" in objective.reads() else ()
     found = validate.checked(found, on_bad=d.on_bad, checks=(*validate.CHECKS, *needed))
     return labels.flip(found, rate=d.flip, seed=run.train.seed) if d.flip and not held_out else found
+
+
+def loaded(run: Run, held_out: bool):
+    """The run's records as groups, as `data` says, lazily."""
+    from data_tools import formats
+    d = run.data
+    return formats.load(d.eval if held_out else d.train, format=d.format, streaming=d.streaming, columns=d.columns,
+                        split=d.eval_split if held_out else d.split, limit=d.eval_limit if held_out else d.limit)
 
 
 def datasets(run: Run, tokenizer):

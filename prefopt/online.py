@@ -15,14 +15,12 @@ from data_tools.collate import collate
 from data_tools.encoding import Counts
 from data_tools.records import Group
 from prefopt import parts
-from prefopt.config import Run
+from prefopt.config import Run, named
 from prefopt.ops import processes, total
 from prefopt.parts import bind, columns_read
 from prefopt.rollout import sources
 from prefopt.rollout.sources import GroupSource, Rollouts
 from prefopt.sharding import whole_model
-
-ORDERS = {"shuffled": lambda: sources.shuffled, "by_field": sources.by_field}
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts
@@ -36,19 +34,15 @@ class Prompts(list):
 
 def prompts(run: Run, tokenizer, *, held_out: bool = False) -> Prompts:
     """Every prompt of the run's data, checked: none is empty or too long. Responses that a file has are left aside."""
-    from data_tools import formats
-    from prefopt.folder import content
+    from data_tools.validate import checked, texts
+    from prefopt.folder import content, loaded
     from prefopt.rollout.transformers import prompt_ids
     d, roll = run.data, run.rollout
     source = d.eval if held_out else d.train
     sources = [source] if isinstance(source, str) else source
-    groups = list(formats.load(source, format=d.format, streaming=d.streaming, columns=d.columns,
-                               split=d.eval_split if held_out else d.split, limit=d.eval_limit if held_out else d.limit))
+    groups = list(checked(loaded(run, held_out), on_bad=d.on_bad, checks=(lambda g: texts(Group(g.prompt, [])),)))
     if not groups:
         raise ValueError(f"{', '.join(sources)}: there is no prompt in it")
-    for group in groups:
-        if not group.prompt:
-            raise ValueError(f"{group.meta.get('place', 'a prompt')}: the prompt is empty")
     longest = max(len(ids) for ids in prompt_ids([g.prompt for g in groups], tokenizer, d.encoded()))
     needed = longest + roll.max_new_tokens
     if run.train.tokens and needed > run.train.tokens:
@@ -75,19 +69,17 @@ def rollouts(run: Run, data: Prompts, engine, score: Callable, models, tokenizer
     """The source of an on-policy run. `engine` is its sampler, `score` fills in rewards."""
     roll, rank, ranks = run.rollout, accelerator.process_index, processes()
     source: GroupSource
-    latest = None
+    filtered = None
     if roll.recorded:
         source = sources.Recorded(Path(roll.recorded), rank=rank, ranks=ranks)
     else:
         name, arguments = named(roll.order)
-        order = parts.find(name, "prefopt.rollout.sources") if ":" in name else ORDERS[name](**arguments)
+        order = parts.find(name, "prefopt.rollout.orders")
+        order = order(**parts.checked(name, order, arguments)) if arguments else order
         sample = partial(sampled, run, engine, models, accelerator, program(run, objective))
         source = sources.OnPolicy(data, sample, score, seed=run.train.seed, order=order)
         if getattr(objective, "keep", None) is not None:
-            sampled_of = source
-
-            def latest():
-                return sampled_of.latest
+            filtered = source
             source = sources.Filter(source, partial(kept, objective, encoder(run, tokenizer)), rounds=roll.refill)
         if roll.mix:
             source = sources.Mix(source, given(run), share=roll.mix.share, seed=run.train.seed)
@@ -96,14 +88,7 @@ def rollouts(run: Run, data: Prompts, engine, score: Callable, models, tokenizer
         if roll.dump:
             source = sources.Dump(source, Path(run.out) / "rollouts", every=roll.dump, rank=rank, ranks=ranks)
     return Rollouts(source, encoder(run, tokenizer), run.train.groups_per_step, prompts=len(data), epochs=run.train.epochs,
-                    rank=rank, ranks=ranks, labels=objective.whole_groups, latest=latest)
-
-
-def named(spec: str | dict) -> tuple[str, dict]:
-    if isinstance(spec, str):
-        return spec, {}
-    (name, arguments), = spec.items()
-    return name, arguments or {}
+                    rank=rank, ranks=ranks, labels=objective.whole_groups, filtered=filtered)
 
 
 def encoder(run: Run, tokenizer) -> Callable[[list[Group]], Batch]:
@@ -120,8 +105,11 @@ def encoder(run: Run, tokenizer) -> Callable[[list[Group]], Batch]:
 
 def scorer(run: Run):
     """What fills in `scores` and their sum `scores["reward"]`, and is closed at the end. The package of rewards is found by
-    name, as any part is."""
+    name, as any part is. Raises ValueError where a run that samples names none."""
     roll = run.rollout
+    if not roll.rewards and samples(run):
+        raise ValueError("rollout.rewards: missing: name what scores a response, for instance [final_answer]; `prefopt reward "
+                         "list` shows all")
     return parts.find("rewards.online:Scorer", "")(roll.rewards, unscored=roll.unscored, timeout=roll.timeout)
 
 

@@ -73,10 +73,10 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
         with accelerator.main_process_first():
             data, held_out = folder.cache_reference(run, (data, held_out), partial(load_reference, run, accelerator.device),
                                                     accelerator.autocast)
-    models = load_models(run, objective, tokenizer, checkpoint, accelerator.device, cached)
-    engine = online.sampler(run, models, tokenizer) if run.rollout and online.samples(run) else None
     scorer = online.scorer(run) if run.rollout and score is None else None
     score = score or scorer
+    models = load_models(run, objective, tokenizer, checkpoint, accelerator.device, cached)
+    engine = online.sampler(run, models, tokenizer) if run.rollout and online.samples(run) else None
     source = source_of(run, data, models, tokenizer, objective, accelerator, engine, score)
     steps = settings.steps or source.steps
     optimizer, scheduler = optimization(run, models, objective, steps)

@@ -85,9 +85,9 @@ def plan(folder: Path, recipe: str, out: str, **settings) -> Run:
     return make(override(raw, [f"{k}={json.dumps(v)}" for k, v in settings.items()]))
 
 
-def go(folder: Path, recipe: str, out: str, *, resume: bool = False, **settings):
+def go(folder: Path, recipe: str, out: str, *, resume: bool = False, score=None, **settings):
     from prefopt.train import train
-    return train(plan(folder, recipe, out, **settings), resume=resume, show=False)
+    return train(plan(folder, recipe, out, **settings), resume=resume, show=False, score=score)
 
 
 def lines(out: Path) -> list[dict]:

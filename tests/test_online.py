@@ -16,7 +16,8 @@ from loop_cases import ROLLOUT, go, lines, outcome, plan, workplace, write
 
 from data_tools.records import Group, Response
 from prefopt import check, check_rollout, online
-from prefopt.rollout.sources import Filter, Mix, OnPolicy, Recorded, Replay, by_field, measured, shuffled
+from prefopt.rollout.orders import by_field, shuffled
+from prefopt.rollout.sources import Filter, Mix, OnPolicy, Recorded, Replay, measured
 from rewards.base import ScoringError
 from rewards.online import Scorer, named_rewards
 
@@ -61,12 +62,12 @@ def test_position_is_all_there_is_to_save():
 
 
 def test_curriculum_by_a_field():
-    order = by_field("level")
+    order = by_field(field="level")
     assert [order(prompts(6), 0, 0)[i] for i in range(6)] == [5, 4, 3, 2, 1, 0]
-    assert by_field("level", descending=True)(prompts(6), 0, 0).tolist() == list(range(6))
+    assert by_field(field="level", descending=True)(prompts(6), 0, 0).tolist() == list(range(6))
     assert order(prompts(6), 1, 0).tolist() == shuffled(prompts(6), 1, 0).tolist()
     with pytest.raises(ValueError, match="has no number 'depth'.*level"):
-        by_field("depth")(prompts(2), 0, 0)
+        by_field(field="depth")(prompts(2), 0, 0)
 
 
 def contrast(groups):
@@ -79,12 +80,14 @@ def test_filter_draws_until_enough_is_kept():
     found = filtered.draw(4)
     assert all(contrast(found)) and len(found) == 4
     # halves are kept: 4 -> 2 kept, 2 -> 1, 1 -> 0 or 1, ...
-    assert source.position == filtered.drawn and 7 <= filtered.drawn <= 9
+    assert 7 <= source.position <= 9
+    assert [g.meta["key"] for g in source.latest] == list(range(source.position))             # what was sampled, kept or not
 
 
 def test_filter_ends_after_its_rounds_and_fills_up():
-    none = Filter(OnPolicy(prompts(5), sampled, paid), lambda groups: [False] * len(groups), rounds=3)
-    assert len(none.draw(2)) == 2 and none.drawn == 6         # dropped groups, which weigh nothing
+    source = OnPolicy(prompts(5), sampled, paid)
+    none = Filter(source, lambda groups: [False] * len(groups), rounds=3)
+    assert len(none.draw(2)) == 2 and source.position == 6    # dropped groups, which weigh nothing
 
 
 def test_replay_mixes_in_what_was_trained_on():
@@ -288,7 +291,8 @@ def test_weighted_top_p_samples_are_within_the_policy(place):
 # ----------------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("recipe, changes, message", [
     ("grpo", {}, "give a block rollout"),
-    ("grpo", {"rollout": {"k": 4}}, "rollout.rewards: missing"),
+    ("grpo", {"rollout": {**ROLLOUT, "sampler": "vlm"}}, "no sampler 'vlm', did you mean 'vllm'"),
+    ("grpo", {"rollout": {**ROLLOUT, "order": "shufled"}}, "did you mean 'shuffled'"),
     ("grpo", {"rollout": {**ROLLOUT, "k": 1}}, "set rollout.k to at least 2, found 1"),
     ("grpo", {"rollout": {**ROLLOUT, "samples_per_update": 4}}, "multiple of rollout.k"),
     ("grpo", {"rollout": {**ROLLOUT, "samples_per_update": 180}}, "at most train.groups_per_step"),
@@ -313,6 +317,30 @@ def test_prompts_that_cannot_work(place, tmp_path):
     for name, message in (("none", "no prompt|no records|empty"), ("empty", "empty"), ("long", "raise train.tokens")):
         with pytest.raises(ValueError, match=message):
             go(place, "grpo", "never", rollout=ROLLOUT, **{"data.train": str(tmp_path / f"{name}.jsonl")})
+
+
+def test_rewards_that_nobody_named(place):
+    with pytest.raises(ValueError, match="rollout.rewards: missing"):
+        go(place, "grpo", "never", rollout={"k": 3, "max_new_tokens": 5})
+    result = go(place, "grpo", "own", rollout={"k": 3, "max_new_tokens": 5}, score=paid_by_length, **{"train.steps": 1})
+    assert result.metrics["reward"] > 0                       # a function in the place of names
+
+
+def paid_by_length(groups):
+    for response in (r for g in groups for r in g.responses):
+        response.scores["reward"] = float(len(response.tokens))
+    return groups
+
+
+def test_broken_prompts_are_skipped_only_if_so_told(place, tmp_path):
+    write(tmp_path / "some.jsonl", [{"prompt": f"w{i}"} for i in range(6)])
+    (tmp_path / "some.jsonl").open("a").write('{"prompt": "w7\n{"prompt": ""}\n')
+    settings = {"data.train": str(tmp_path / "some.jsonl"), "train.steps": 1, "data.eval": None, "train.eval_every": None}
+    with pytest.raises(ValueError, match="some.jsonl:7"):
+        go(place, "grpo", "never", rollout=ROLLOUT, **settings)
+    with pytest.warns(UserWarning, match="6 of 8 records are good"):
+        result = go(place, "grpo", "skipped", rollout=ROLLOUT, **settings, **{"data.on_bad": "skip"})
+    assert result.steps == 1
 
 
 def test_a_sampler_that_returns_too_few_is_an_error(place, monkeypatch):

@@ -209,7 +209,7 @@ class TestInProcess:
         saved(tmp_path / "model", policy())
         write(tmp_path / "prompts.jsonl", [{"prompt": q} for q in QUESTIONS])
         run = make({"recipe": "grpo", "policy": str(tmp_path / "model"), "data": {"train": str(tmp_path / "prompts.jsonl")},
-                    "rollout": {"k": 4, "max_new_tokens": 12, "rewards": ["loop_cases:ones"], "sampler": {"vllm": ENGINE}},
+                    "rollout": {"k": 4, "max_new_tokens": 12, "sampler": {"vllm": ENGINE}},
                     "train": {"steps": 3, "groups_per_step": 4, "lr": 1e-3, "device": "cpu"}, "out": str(tmp_path / "run")})
         train(run, show=False, score=by_length)
         steps = lines(tmp_path / "run")

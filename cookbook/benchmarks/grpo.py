@@ -105,7 +105,7 @@ def prefopt(folder: Path, o: argparse.Namespace, scratch: str) -> Steps:
     train(make({
         "recipe": "grpo", "set": {"beta": o.beta}, "policy": str(folder / "model"),
         "data": {"train": str(folder / "prompts.jsonl")},
-        "rollout": {"k": o.group, "max_new_tokens": o.response, "rewards": ["own"], "dump": 0},
+        "rollout": {"k": o.group, "max_new_tokens": o.response, "dump": 0},
         "train": {"steps": o.steps + 2, "groups_per_step": 1, "lr": 1e-5, "schedule": "constant", "warmup": 0, "device": "cpu",
                   "log_every": 1000},
         "out": scratch}), show=False, score=score)

@@ -18,8 +18,9 @@ import torch
 from data_tools.batch import Batch
 from data_tools.records import Group
 from prefopt.ops import gather, total
+from prefopt.rollout.orders import Order, Ordered, shuffled
 
-__all__ = ["Dump", "Filter", "GroupSource", "Mix", "OnPolicy", "Replay", "Recorded", "Rollouts", "by_field", "shuffled"]
+__all__ = ["Dump", "Filter", "GroupSource", "Mix", "OnPolicy", "Replay", "Recorded", "Rollouts"]
 
 
 class GroupSource(Protocol):
@@ -34,27 +35,6 @@ class GroupSource(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
-Order = Callable[[Sequence[Group], int, int], np.ndarray]     # prompts, epoch, seed -> their order in this epoch
-
-
-def shuffled(prompts: Sequence[Group], epoch: int, seed: int) -> np.ndarray:
-    """All prompts in an order of (seed, epoch)."""
-    return np.random.default_rng((seed, epoch)).permutation(len(prompts))
-
-
-def by_field(field: str, *, descending: bool = False) -> Order:
-    """A curriculum: the first epoch goes through the prompts by a number in their meta, ties and later epochs shuffled."""
-    def order(prompts: Sequence[Group], epoch: int, seed: int) -> np.ndarray:
-        missing = next((g for g in prompts if not isinstance(g.meta.get(field), (int, float))), None)
-        if missing is not None:
-            raise ValueError(f"{missing.meta.get('place', 'a prompt')} has no number {field!r}, by which rollout.order sorts: "
-                             f"its fields are {', '.join(missing.meta) or 'none'}")
-        found = shuffled(prompts, epoch, seed)
-        values = np.array([prompts[i].meta[field] for i in found])
-        return found if epoch else found[np.argsort(-values if descending else values, kind="stable")]
-    return order
-
-
 class OnPolicy:
     """Prompts in order, responses of the current policy, rewards.
 
@@ -67,9 +47,8 @@ class OnPolicy:
                  order: Order = shuffled):
         if not prompts:
             raise ValueError("there are no prompts: nothing to sample responses to")
-        self.prompts, self.sample, self.score, self.seed, self.order = prompts, sample, score, seed, order
+        self.prompts, self.sample, self.score = Ordered(prompts, order, seed), sample, score
         self.position = self.version = 0
-        self.known = (-1, np.arange(0))                       # (epoch, its order)
         self.latest: list[Group] = []                         # all that was sampled for this step, kept or not
 
     def draw(self, count: int) -> list[Group]:
@@ -77,8 +56,8 @@ class OnPolicy:
         first = self.position + start
         self.position += len(everyone)
         places = range(first, first + count)
-        groups = [Group(p.prompt, [], meta={**p.meta, "key": place}) for p, place in zip(map(self.prompt, places), places,
-                                                                                       strict=True)]
+        prompts = [self.prompts[place] for place in places]
+        groups = [Group(p.prompt, [], meta={**p.meta, "key": place}) for p, place in zip(prompts, places, strict=True)]
         if not groups:
             return []
         made = self.sample(groups, list(places), self.version)
@@ -88,12 +67,6 @@ class OnPolicy:
         made = self.score(made)
         self.latest += made
         return made
-
-    def prompt(self, place: int) -> Group:
-        epoch, inside = divmod(place, len(self.prompts))
-        if self.known[0] != epoch:
-            self.known = epoch, self.order(self.prompts, epoch, self.seed)
-        return self.prompts[int(self.known[1][inside])]
 
     def feed(self, groups: Sequence[Group]) -> None:
         self.version += 1
@@ -107,24 +80,20 @@ class OnPolicy:
 
 
 class Filter:
-    """Dynamic sampling: groups that `keep` drops are sampled anew, from further prompts, `rounds` times at most.
-
-    What is kept beyond `count` waits for the next step: it is then one update old, which `logp_old` makes up for. After
-    the last round what is missing is filled with dropped groups, which weigh nothing.
+    """Dynamic sampling: groups that `keep` drops are made up for by further prompts, `rounds` of sampling at most, each of as
+    many prompts as are missing. After the last one the gap is filled with dropped groups, which weigh nothing.
     """
 
     def __init__(self, source: GroupSource, keep: Callable[[list[Group]], list[bool]], *, rounds: int = 4):
         self.source, self.keep, self.rounds = source, keep, rounds
-        self.drawn = 0                                        # groups sampled for the last step
 
     def draw(self, count: int) -> list[Group]:
-        kept, dropped, self.drawn = [], [], 0
+        kept, dropped = [], []
         for _ in range(self.rounds):
-            missing = max(count - len(kept), 0)
+            missing = count - len(kept)
             if not int(total(torch.tensor(missing))):         # every process draws as often
                 break
             found = self.source.draw(missing)
-            self.drawn += len(found)
             for group, good in zip(found, self.keep(found) if found else [], strict=True):
                 (kept if good else dropped).append(group)
         return (kept + dropped)[:count]
@@ -182,18 +151,14 @@ class Mix:
     def __init__(self, source: GroupSource, given: Sequence[Group], *, share: float = 0.25, seed: int = 0):
         if not given:
             raise ValueError("there are no given groups to mix in")
-        self.source, self.given, self.share, self.seed, self.position = source, given, share, seed, 0
+        self.source, self.given, self.share, self.position = source, Ordered(given, seed=seed), share, 0
 
     def draw(self, count: int) -> list[Group]:
         old = round(self.share * count)
         everyone, start = gather(torch.full((old,), 1))
         first = self.position + start
         self.position += len(everyone)
-        found = []
-        for place in range(first, first + old):
-            epoch, inside = divmod(place, len(self.given))
-            found.append(deepcopy(self.given[int(shuffled(self.given, epoch, self.seed)[inside])]))
-        return [*self.source.draw(count - old), *found]
+        return [*self.source.draw(count - old), *(deepcopy(self.given[place]) for place in range(first, first + old))]
 
     def feed(self, groups: Sequence[Group]) -> None:
         self.source.feed(groups)
@@ -276,8 +241,8 @@ class Rollouts:
 
     def __init__(self, source: GroupSource, encode: Callable[[list[Group]], Batch], prompts_per_step: int, *, prompts: int,
                  epochs: float = 1.0, rank: int = 0, ranks: int = 1, labels: bool = False,
-                 latest: Callable[[], list[Group]] | None = None):
-        self.source, self.encode, self.labels, self.latest = source, encode, labels, latest
+                 filtered: OnPolicy | None = None):
+        self.source, self.encode, self.labels, self.filtered = source, encode, labels, filtered
         self.share = len(np.array_split(np.arange(prompts_per_step), ranks)[rank])
         if not self.share:
             raise ValueError(f"{ranks} processes share {prompts_per_step} prompts per step: raise train.groups_per_step to at "
@@ -301,10 +266,10 @@ class Rollouts:
     def metrics(self) -> dict[str, float]:
         """What is trained on, over all processes; where a filter stands between, also all that was sampled (sampled/...)."""
         found = measured(self.groups)
-        if self.latest is not None:
-            every = measured(self.latest())
+        if self.filtered is not None:
+            every = measured(self.filtered.latest)
             found |= {f"sampled/{k}": every[k] for k in ("reward", "groups/contrast", "pass@1") if k in every}
-            found["sampled/groups"] = float(total(torch.tensor(len(self.latest()))))
+            found["sampled/groups"] = float(total(torch.tensor(len(self.filtered.latest))))
         return found
 
     def state_dict(self) -> dict:

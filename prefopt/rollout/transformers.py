@@ -29,7 +29,7 @@ class Sampler(Engine):
     `meta["stopped"]` how (eos, stop, length). What the model's own generation settings say does not count, but for end
     tokens: samples are the policy's. `batch` is how many responses are sampled together, `encoding` the one that training
     uses. A seed gives the same tokens whatever the batch, except where a uniform number falls within float rounding of
-    the border between two tokens: matrix products of other sizes round differently (in float32 about one token in 10^6).
+    the border between two tokens: matrix products of other sizes round differently.
     """
 
     def __init__(self, model: nn.Module, tokenizer, *, batch: int = 64, encoding: Encoding = Encoding()):
