@@ -1,4 +1,4 @@
-"""What a run starts from: processes, seeds, models, the optimiser with its schedule, the sampler of fresh responses."""
+"""What a run starts from: processes, seeds, models, the optimiser with its schedule, the source of its groups."""
 from __future__ import annotations
 
 import os
@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prefopt import folder
+from prefopt import folder, online
 from prefopt.config import Run
 from prefopt.forward import frozen_models, needs_critic
 from prefopt.models import Head, Models, Trunk, frozen_copy, head_of, load_policy, load_tokenizer, prepare_padding
+from prefopt.ops import processes
 from prefopt.sharding import check_launch, shard
+from prefopt.sources import Dataset, Online
 
 
 def accelerator(run: Run):
@@ -141,3 +143,13 @@ def sampling(run: Run, models: Models, tokenizer) -> Callable:
     device = next(models.policy.parameters()).device
     return lambda prompts: [[r.cpu() for r in rows] for rows in
                             continuations(models.policy, [p.to(device) for p in prompts], **settings)]
+
+
+def source_of(run: Run, data, models: Models, tokenizer, objective, accelerator, engine, score):
+    """The groups of each step: a prepared data set, with fresh responses beside it where a recipe reads them, or rollouts."""
+    if run.rollout:
+        return online.rollouts(run, data, engine, score, models, tokenizer, objective, accelerator)
+    t, reads = run.train, objective.reads()
+    found = Dataset(data, t.groups_per_step, epochs=t.epochs, seed=t.seed, shuffle=t.shuffle, rank=accelerator.process_index,
+                    ranks=processes(), mismatched="mismatched" in reads, columns=folder.columns(reads))
+    return Online(found, sampling(run, models, tokenizer)) if "online" in reads else found

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,8 @@ from prefopt.forward import fill, forward
 from prefopt.held_out import evaluate, evaluating, judge
 from prefopt.models import Models
 from prefopt.ops import processes, total
-from prefopt.setup import load_models, load_reference, optimization, sampling, seed
+from prefopt.setup import load_models, load_reference, optimization, seed, source_of
 from prefopt.sharding import clip, evened
-from prefopt.sources import Dataset, Online
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,8 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
         accelerator.init_trackers("prefopt", config={"run": json.dumps(run.model_dump())})
 
     update, batches, interrupted = run.update_rule(), iter(source), False
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    critic = {id(p) for p in models.critic.parameters()} if models.critic else set()
-    owners = {"grad_norm": [p for p in parameters if id(p) not in critic],
-              **({"grad_norm/critic": [p for p in parameters if id(p) in critic]} if critic else {})}
+    gradients = Gradients(run, models, objective, accelerator, optimizer)
+    parameters = gradients.parameters
     frozen = reads - ({"logp_now", "logp_old"} if run.rollout and online.at_once(run, objective) else {"logp_now"})
     sizes = dict(tokens=settings.tokens, whole_groups=objective.whole_groups)
     visible = show and accelerator.is_main_process
@@ -127,27 +124,8 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
                 part = objective.annotate(part)
                 if step == 1 and not found and run.reference is None and {"logp", "logp_ref"} <= reads:
                     check_start(models, objective, part, run, accelerator)
-
-                def gradient(part=part, step=step, logs=logs) -> dict[str, float]:
-                    optimizer.zero_grad()
-                    sums: dict[str, Tensor] = {}
-                    for micro, counts in evened(part.microbatches(**sizes), models.sharded, accelerator.device):
-                        with accelerator.autocast():
-                            micro = forward(models, micro, reads | ({"entropy"} if logs and run.rollout else set()))
-                        loss = objective.loss(micro)
-                        accelerator.backward(loss.value if counts else 0 * loss.value)
-                        if counts:
-                            add(sums, {"loss": loss.value.detach(), **(loss.metrics if logs else {})})
-                    add_over_processes(parameters)
-                    accelerator.unscale_gradients(optimizer)
-                    for owner, own in owners.items():
-                        sums[owner] = clip(own, settings.clip or float("inf"))
-                    values = logged(sums)
-                    check_finite(values, step, out, scaled=accelerator.scaler is not None)
-                    return values
-
                 if run.rollout is None or online.weighs(part):
-                    found.append(update(parameters, optimizer, gradient))
+                    found.append(update(parameters, optimizer, partial(gradients.of, part, step, logs)))
             values = {**measured, **mean(found)}
             lr = scheduler.get_last_lr()[0]
             scheduler.step()
@@ -189,6 +167,49 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
 
 
 # ---------------------------------------------------------------------------------------------------------- one step
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the loss of an optimiser step, which an update rule may take as often as it likes."""
+    run: Run
+    models: Models
+    objective: object
+    accelerator: object
+    optimizer: object
+
+    @cached_property
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @cached_property
+    def owners(self) -> dict[str, list[Tensor]]:
+        """What is clipped together, by the metric of its norm."""
+        critic = {id(p) for p in self.models.critic.parameters()} if self.models.critic else set()
+        found = {"grad_norm": [p for p in self.parameters if id(p) not in critic],
+                 "grad_norm/critic": [p for p in self.parameters if id(p) in critic]}
+        return {name: own for name, own in found.items() if own}
+
+    def of(self, part: Batch, step: int, logs: bool) -> dict[str, float]:
+        """Leaves the gradient in the parameters, summed over micro-batches and processes and clipped; metrics come back."""
+        run, models, accelerator, sums = self.run, self.models, self.accelerator, {}
+        reads = self.objective.reads() | ({"entropy"} if logs and run.rollout else set())
+        pieces = part.microbatches(run.train.tokens, self.objective.whole_groups)
+        self.optimizer.zero_grad()
+        for micro, counts in evened(pieces, models.sharded, accelerator.device):
+            with accelerator.autocast():
+                micro = forward(models, micro, reads)
+            loss = self.objective.loss(micro)
+            accelerator.backward(loss.value if counts else 0 * loss.value)
+            if counts:
+                add(sums, {"loss": loss.value.detach(), **(loss.metrics if logs else {})})
+        add_over_processes(self.parameters)
+        accelerator.unscale_gradients(self.optimizer)
+        for owner, own in self.owners.items():
+            sums[owner] = clip(own, run.train.clip or float("inf"))
+        values = logged(sums)
+        check_finite(values, step, Path(run.out), scaled=accelerator.scaler is not None)
+        return values
+
+
 def add(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for key, value in values.items():
         sums[key] = sums[key] + value if key in sums else value
@@ -243,16 +264,6 @@ def check_start(models: Models, objective, batch: Batch, run: Run, accelerator) 
 def exact(run: Run) -> bool:
     """Whether the policy computes in float32 or better."""
     return run.policy.dtype in ("float32", "float64") and run.train.precision == "no" and not run.policy.quantize
-
-
-def source_of(run: Run, data, models: Models, tokenizer, objective, accelerator, engine, score):
-    """The groups of each step: a prepared data set, with fresh responses beside it where a recipe reads them, or rollouts."""
-    if run.rollout:
-        return online.rollouts(run, data, engine, score, models, tokenizer, objective, accelerator)
-    t, reads = run.train, objective.reads()
-    found = Dataset(data, t.groups_per_step, epochs=t.epochs, seed=t.seed, shuffle=t.shuffle, rank=accelerator.process_index,
-                    ranks=processes(), mismatched="mismatched" in reads, columns=folder.columns(reads))
-    return Online(found, sampling(run, models, tokenizer)) if "online" in reads else found
 
 
 def unmet(expect: Mapping[str, str], last: Mapping[str, float]) -> Iterator[str]:
