@@ -109,39 +109,62 @@ class Batch(Mapping):
         full, rest = divmod(self.groups, groups)
         return self.split([groups] * full + [rest] * (rest > 0))
 
-    def microbatches(self, tokens: int | None = None, whole_groups: bool = True) -> Iterator[Batch]:
+    def microbatches(self, tokens: int | None = None, whole_groups: bool = True, shared: Tensor | None = None) -> Iterator[Batch]:
         """Micro-batches of up to `tokens` real tokens; None gives one.
 
         Whole groups in order; or, where a loss needs no whole groups, rows of like length, so that hardly any padding is
-        computed, without the columns that lead with B. A group (or row) larger than the budget is an error that names the
-        smallest budget that works.
+        computed, without the columns that lead with B. With `shared` (N), the first tokens of each row that its group has in
+        common and that count once for those of a group that are together, rows stay in order of their groups. A group (or
+        row) larger than the budget is an error that names the smallest budget that works.
         """
-        for _, part in self.pieces(tokens, whole_groups):
+        for _, part in self.pieces(tokens, whole_groups, shared):
             yield part
 
-    def pieces(self, tokens: int | None = None, whole_groups: bool = True) -> Iterator[tuple[Tensor, Batch]]:
+    def pieces(self, tokens: int | None = None, whole_groups: bool = True,
+               shared: Tensor | None = None) -> Iterator[tuple[Tensor, Batch]]:
         """`microbatches`, each with the numbers of its rows in this batch."""
         if tokens is None:
             yield torch.arange(self.N, device=self.index.device), self
             return
         lengths = self["attend" if "attend" in self else "mask"].bool().sum(1)
-        cost = lengths
-        if whole_groups:
-            cost = torch.zeros(self.groups, dtype=torch.long, device=self.index.device).index_add(0, self.index, lengths)
-        largest = int(cost.max()) if len(cost) else 0
+        common = torch.zeros_like(lengths) if shared is None else shared
+        by_group = torch.argsort(self.index, stable=True)
+        order = by_group if whole_groups or shared is not None else lengths.argsort(descending=True, stable=True)
+        length, group, once = lengths[order].tolist(), self.index[order].tolist(), common[order].tolist()
+        if whole_groups:                                      # cost of each group
+            cost = [0] * self.groups
+            for n, g, P in zip(length, group, once, strict=True):
+                cost[g] += n - P if cost[g] else n
+        largest = max(cost if whole_groups else length, default=0)
         if largest > tokens:
             raise ValueError(f"a {'group' if whole_groups else 'response with its prompt'} of {largest} tokens does not fit "
                              f"the micro-batch budget of {tokens} tokens: raise train.tokens to at least {largest}, or "
                              f"truncate with data.max_length")
-        order = torch.arange(len(cost), device=cost.device) if whole_groups else cost.argsort(descending=True, stable=True)
-        for run in runs(cost[order].tolist(), tokens):
-            chosen = order[run]
-            if whole_groups:
-                rows = torch.isin(self.index, chosen).nonzero().squeeze(1)
+        if whole_groups:
+            for run in runs(cost, tokens):
+                rows = ((self.index >= run.start) & (self.index < run.stop)).nonzero().squeeze(1)
                 yield rows, self.select(rows)
-            else:
-                rows = chosen.sort().values
-                yield rows, Batch({k: v[rows] for k, v in self.items() if not column(k).dims.startswith("B")})
+            return
+        for run in together(length, group, once, tokens):
+            rows = order[run].sort().values
+            yield rows, Batch({k: v[rows] for k, v in self.items() if not column(k).dims.startswith("B")})
+
+
+def together(length: Sequence[int], group: Sequence[int], once: Sequence[int], budget: int) -> Iterator[slice]:
+    """Consecutive runs of rows within the budget, where rows of a group pay for what they have in common once.
+
+    >>> list(together([5, 5, 5], [0, 0, 1], [3, 3, 0], 7)), list(together([5, 5, 5], [0, 0, 1], [0, 0, 0], 7))
+    ([slice(0, 2, None), slice(2, 3, None)], [slice(0, 1, None), slice(1, 2, None), slice(2, 3, None)])
+    """
+    start = filled = 0
+    for n, (size, g, P) in enumerate(zip(length, group, once, strict=True)):
+        more = size - P if n > start and group[n - 1] == g else size
+        if n > start and filled + more > budget:
+            yield slice(start, n)
+            start, filled, more = n, 0, size
+        filled += more
+    if len(length):
+        yield slice(start, len(length))
 
 
 def runs(cost: Sequence[int], budget: int) -> Iterator[slice]:

@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from prefopt.forward import CHUNK_BYTES, Positions, left_aligned, scatter
+from prefopt.forward import CHUNK_BYTES, Positions, scatter
+from prefopt.layout import padded
 from prefopt.models import Trunk
 from prefopt.ops import upcast
 
@@ -50,20 +51,20 @@ def activation_mask(trunk: Trunk, batch: Mapping[str, Tensor]) -> Tensor:
     Raises      ValueError where a model is not built like this, naming the tensors that were not found
     Reference   Christopoulou et al., SparsePO, arXiv:2410.05102; huawei-noah/HEBO `mapo_trainer.py`
     """
-    tokens, offset = left_aligned(batch)
+    layout = padded(batch)
     at, shape = Positions.of(batch), tuple(batch["mask"].shape)
-    column = at.column - offset[at.row] - 1
+    column, place = at.column - layout.offset[at.row] - 1, layout.place(at.row, at.column - 1)
     if not trunk.checked:
-        trunk.check(tokens)
+        trunk.check(layout.tokens)
     found: dict[str, list[Tensor]] = {"mlp": [], "attention": [], "residual": [], "logits": []}
 
     def take(kind: str, x: Tensor) -> None:
         found[kind].append(rescaled(upcast(x[at.row, column]).mean(-1), at.row, shape[0]))
 
     with taps(trunk, take):
-        hidden = trunk(tokens)
-    take("residual", hidden)
-    found["logits"].append(rescaled(mean_logit(trunk, hidden[at.row, column]), at.row, shape[0]))
+        hidden = trunk(layout)[place]
+    found["residual"].append(rescaled(upcast(hidden).mean(-1), at.row, shape[0]))
+    found["logits"].append(rescaled(mean_logit(trunk, hidden), at.row, shape[0]))
     return scatter(torch.stack([torch.stack(tensors).mean(0) for tensors in found.values()]).mean(0), at, shape)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from data_tools.batch import Batch
+from prefopt.layout import padded, shared
 from prefopt.models import Models, Trunk
 from prefopt.ops import upcast
 from prefopt.sharding import evened
@@ -73,26 +74,13 @@ class Positions:
         return cls(row, column, batch["tokens"][row, column])
 
 
-def left_aligned(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens (N, T') with padding on the right only and trimmed, and the offset (N) of each row in the batch.
-
-    Causal attention never looks right, so no attention mask is needed and the side of padding cannot matter.
-    """
-    attend = batch["attend"].bool()
-    offset, length = attend.int().argmax(1), attend.sum(1)
-    width = int(length.max()) if len(length) else 0
-    index = (offset[:, None] + torch.arange(width, device=offset.device)).clamp(max=attend.shape[1] - 1)
-    return batch["tokens"].gather(1, index), offset
-
-
 def states(trunk: Trunk, batch: Mapping[str, Tensor], at: Positions, *, layers: bool = False) -> Tensor:
-    """Hidden states that predict the tokens `at`: (M, D), or (M, L, D) of layers 1..L. Plain padded layout."""
-    tokens, offset = left_aligned(batch)
-    column = at.column - offset[at.row] - 1
+    """Hidden states that predict the tokens `at`: (M, D), or (M, L, D) of layers 1..L."""
+    layout = trunk.layout(batch)
+    place = layout.place(at.row, at.column - 1)
     if layers:
-        hidden = trunk.layers(tokens)
-        return torch.stack([h[at.row, column] for h in hidden], 1)
-    return trunk(tokens)[at.row, column]
+        return torch.stack([h[place] for h in trunk.layers(layout)], 1)
+    return trunk(layout)[place]
 
 
 def scatter(values: Tensor, at: Positions, shape: tuple[int, int]) -> Tensor:
@@ -148,28 +136,28 @@ def forward(models: Models, batch: Batch, reads: Iterable[str], *, chunk: int | 
     if not names and not reads & {*GRADED, "last_state", "prompt_state"}:
         return batch.with_columns(**out)
     trunk = models.policy_model()
-    tokens, offset = left_aligned(batch)
-    length = batch["attend"].bool().sum(1)
-    attend = torch.arange(tokens.shape[1], device=tokens.device) < length[:, None]
+    layout = trunk.layout(batch)
+    row = torch.arange(batch.N, device=at.row.device)
+    first, length = batch["attend"].int().argmax(1), batch["attend"].bool().sum(1)
+    last = layout.place(row, first + length.clamp(min=1) - 1)
     if "outputs" in reads:
-        outputs, every = trunk.grade(tokens, attend)
+        outputs, every = trunk.grade(layout, last)
         out["outputs"] = upcast(outputs)
     else:
-        every = trunk(tokens, attend)
-    place = at.column - offset[at.row]
+        every = trunk(layout)
     if names:
-        found = reduced(every[at.row, place - 1], at.token, trunk.head, names, hidden_ref=hidden_ref,
-                         head_ref=models.reference_head, vocabulary=trunk.vocabulary, chunk=chunk)
+        found = reduced(every[layout.place(at.row, at.column - 1)], at.token, trunk.head, names, hidden_ref=hidden_ref,
+                        head_ref=models.reference_head, vocabulary=trunk.vocabulary, chunk=chunk)
         out.update({n: scatter(v, at, shape) for n, v in found.items()})
         if same and "logp" in out:
             out["logp_old"] = out["logp"].detach()
     if "token_reward" in reads:
-        out["token_reward"] = scatter(upcast(trunk.head(every[at.row, place])).squeeze(-1), at, shape)
-    row = torch.arange(len(length), device=length.device)
+        states_at = every[layout.place(at.row, at.column)]
+        out["token_reward"] = scatter(upcast(trunk.head(states_at)).squeeze(-1), at, shape)
     if "last_state" in reads:
-        out["last_state"] = upcast(every[row, length.clamp(min=1) - 1])
+        out["last_state"] = upcast(every[last])
     if "prompt_state" in reads:
-        out["prompt_state"] = upcast(every[row, batch["prompt_length"].clamp(min=1) - 1])
+        out["prompt_state"] = upcast(every[layout.place(row, first + batch["prompt_length"].clamp(min=1) - 1)])
     return batch.with_columns(**out)
 
 
@@ -187,14 +175,19 @@ def fill(models: Models, batch: Batch, reads: Iterable[str], *, tokens: int | No
             out[column] = mismatched(models, batch, other, tokens=tokens, chunk=chunk)
             continue
         parts = pieces(models, batch, tokens, whole_groups)
-        out[column] = joined(batch, [(rows, one_frozen(models, part, column, chunk)) for rows, part in parts])
+        out[column] = joined(batch, [(rows, one_frozen(models, part, column, chunk)) for (rows, part), _ in parts])
     return batch.with_columns(**out)
 
 
-def pieces(models: Models, batch: Batch, tokens: int | None, whole_groups: bool = True) -> Iterator[tuple[Tensor, Batch]]:
-    """Micro-batches with the numbers of their rows. Where models are sharded, the last one comes again on processes that have
-    fewer than others."""
-    return (one for one, _ in evened(batch.pieces(tokens, whole_groups), models.sharded, batch.index.device))
+def pieces(models: Models, batch: Batch, tokens: int | None,
+           whole_groups: bool = True) -> Iterator[tuple[tuple[Tensor, Batch], bool]]:
+    """Micro-batches of up to `tokens` tokens that the policy computes, with the numbers of their rows, and whether they count.
+
+    Where models are sharded, the last one comes again on processes that have fewer than others, and does not count.
+    """
+    trunk = models.policy_model()
+    common = shared(batch, trunk.price) if tokens is not None and trunk.packs(batch) else None
+    return evened(batch.pieces(tokens, whole_groups, common), models.sharded, batch.index.device)
 
 
 def one_frozen(models: Models, batch: Batch, column: str, chunk: int | None) -> Tensor:
@@ -230,7 +223,7 @@ def values(critic: Trunk, batch: Mapping[str, Tensor], at: Positions) -> Tensor:
     return scatter(upcast(critic.head(states(critic, batch, at))).squeeze(-1), at, tuple(batch["mask"].shape))
 
 
-def joined(batch: Batch, made: list[tuple[Tensor, Tensor]]) -> Tensor:
+def joined(batch: Batch, made: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Row columns of micro-batches, each with the numbers of its rows, put back in their place."""
     first = made[0][1]
     out = first.new_zeros(batch.N, *first.shape[1:])
@@ -250,9 +243,9 @@ def mismatched(models: Models, batch: Batch, other: Batch | None, *, tokens: int
     view = mismatched_rows(batch, other)
     if tokens is not None:
         tokens = max(tokens, int(view["attend"].sum(1).max()))
-    policy = joined(view, [(rows, token_logp(models.policy_model(), m, chunk)) for rows, m in pieces(models, view, tokens)])
+    policy = joined(view, [(rows, token_logp(models.policy_model(), m, chunk)) for (rows, m), _ in pieces(models, view, tokens)])
     with models.reference_model() as reference:
-        ref = joined(view, [(rows, token_logp(reference, m, chunk)) for rows, m in pieces(models, view, tokens)])
+        ref = joined(view, [(rows, token_logp(reference, m, chunk)) for (rows, m), _ in pieces(models, view, tokens)])
     return (policy - ref).sum(1)
 
 
@@ -265,8 +258,7 @@ def mismatched_rows(batch: Batch, other: Batch) -> Batch:
     lookup = torch.zeros(other.groups, other.width, dtype=torch.long, device=other.index.device)
     lookup[other.index, other.slot] = torch.arange(other.N, device=other.index.device)
     source = lookup[batch.index, batch.slot % size[batch.index]]
-    prompts, p_offset = left_aligned(batch)
-    answers, _ = left_aligned(other)
+    prompts, answers = padded(batch).tokens, padded(other).tokens
     masks = other["mask"].bool()
     rows, row_masks = [], []
     other_offset, other_length = other["attend"].int().argmax(1), other["attend"].bool().sum(1)
@@ -292,4 +284,4 @@ def needs_critic(reads: Iterable[str]) -> bool:
     return bool(set(reads) & CRITIC)
 
 
-__all__ = ["fill", "forward", "frozen_models", "needs_critic", "reduced", "states", "token_logp"]
+__all__ = ["fill", "forward", "frozen_models", "needs_critic", "pieces", "reduced", "states", "token_logp"]

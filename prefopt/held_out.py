@@ -13,11 +13,10 @@ from data_tools.columns import nearest
 from prefopt import checkpoints, folder
 from prefopt.config import Run
 from prefopt.diagnose import EVALUATION_METRICS, combined
-from prefopt.forward import fill, forward
+from prefopt.forward import fill, forward, pieces
 from prefopt.models import Models
 from prefopt.ops import processes, total
 from prefopt.setup import has_adapters, sampling, seed
-from prefopt.sharding import evened
 from prefopt.sources import Dataset, Online
 
 
@@ -57,7 +56,7 @@ def evaluate(models: Models, objective, data, run: Run, accelerator) -> dict[str
                 batch = fill(models, batch, reads, tokens=run.train.tokens, other=other)
             batch = objective.annotate(batch)
             found: dict[str, Tensor] = {}
-            for micro, counts in evened(batch.microbatches(run.train.tokens), models.sharded, accelerator.device):
+            for (_, micro), counts in pieces(models, batch, run.train.tokens):
                 with accelerator.autocast():
                     micro = forward(models, micro, reads)
                 if not counts:

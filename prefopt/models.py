@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.columns import nearest
+from prefopt.layout import Layout, Packed, packed, padded, register, why_padded, window
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ class Trunk:
 
     The halves are checked once against the model's own logits, so that soft-capping, logit scales and other things that
     a model does between them are either reproduced or refused. Language models are causal; a reward model may also be an
-    encoder, which is found by trying. `calls` counts tokens (padding included) and forwards of the body, and positions
-    through the head, which backward passes through it once more.
+    encoder, which is found by trying. Rows are packed where the model allows it; `plain` says why they are not. `calls`
+    counts tokens (padding included) and forwards of the body, and positions through the head, which backward passes
+    through it once more; and the tokens that the padded layout would have had.
     """
     model: nn.Module
     temperature: float = 1.0                                  # logits are divided by it, as they are when sampling
-    calls: dict = field(default_factory=lambda: {"tokens": 0, "forwards": 0, "positions": 0})
+    packing: bool = True
+    calls: dict = field(default_factory=lambda: {"tokens": 0, "forwards": 0, "positions": 0, "rectangle": 0})
 
     def __post_init__(self):
         base = self.model.get_base_model() if is_peft(self.model) else self.model
@@ -82,41 +86,55 @@ class Trunk:
         self.scale /= (getattr(config, "logits_scaling", None) or 1.0) if self.language else 1.0
         self.tokenwise, self.causal = "TokenClassification" in self.name, True
         self.vocabulary, self.layer_count, self.width = (config.vocab_size, config.num_hidden_layers, config.hidden_size)
-        self.checked = False
+        self.plain = None if self.packing else "train.packing is off"
+        self.plain = self.plain or why_padded(self.body, config)
+        self.window, self.price = window(config), 6.0 * self.width      # 12 D^2 weights a layer, 2 D of them one score
+        self.config, self.checked = config, False
 
-    def __call__(self, tokens: Tensor, attend: Tensor | None = None) -> Tensor:
-        """(N, T) ids, padding on the right -> (N, T, D), after the final norm. An encoder needs `attend`."""
-        self.count(tokens)
-        return self.body(input_ids=tokens, **self.seen(attend)).last_hidden_state
+    def __call__(self, layout: Layout) -> Tensor:
+        """States (S, D) after the final norm, at `layout.place(row, column)`."""
+        return self.run(layout).last_hidden_state.flatten(0, 1)
 
-    def count(self, tokens: Tensor) -> None:
-        if not self.checked:
-            self.check(tokens)
-        self.calls["tokens"] += tokens.numel()
+    def layers(self, layout: Layout) -> tuple[Tensor, ...]:
+        """Hidden states of layers 1..L, each (S, D), the last after the final norm; the embedding output is left out."""
+        output = self.run(layout, output_hidden_states=True)
+        return tuple(x.flatten(0, 1) for x in (*output.hidden_states[1:-1], output.last_hidden_state))
+
+    def run(self, layout: Layout, **others):
+        """The body's own output."""
+        self.calls["tokens"] += layout.tokens.numel()
         self.calls["forwards"] += 1
+        self.calls["rectangle"] += layout.rectangle
+        if isinstance(layout, Packed):
+            ready = layout.tokens.new_ones(1, 1, 1, 1, dtype=torch.bool)                  # keeps the model from making a mask
+            return self.body(input_ids=layout.tokens, position_ids=layout.position, attention_mask=ready, layout=layout,
+                             use_cache=False, **others)
+        seen = {"use_cache": False} if self.causal else {"attention_mask": layout.attend.long()}
+        return self.body(input_ids=layout.tokens, **seen, **others)
 
-    def seen(self, attend: Tensor | None) -> dict:
-        """How the body is called: a causal one never looks right, so padding needs no mask."""
-        return {"use_cache": False} if self.causal else {"attention_mask": attend.long()}
-
-    def grade(self, tokens: Tensor, attend: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs (N, O) of a reward head at the last token of each row, and the states (N, T, D).
+    def grade(self, layout: Layout, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs (N, O) of a reward head at the `last` token of each row, and the states (S, D).
 
         An encoder ends in what its class does, often a pooled first token.
         """
-        self.count(tokens)
-        if not self.causal:
-            whole = self.model(input_ids=tokens, output_hidden_states=True, **self.seen(attend))
-            return whole.logits, whole.hidden_states[-1]
-        states = self.body(input_ids=tokens, use_cache=False).last_hidden_state
-        return self.head(states[torch.arange(len(tokens), device=tokens.device), attend.sum(1).clamp(min=1) - 1]), states
-
-    def layers(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Hidden states of layers 1..L, each (N, T, D), the last after the final norm; the embedding output is left out."""
-        self.calls["tokens"] += tokens.numel()
+        if self.causal:
+            states = self(layout)
+            return self.head(states[last]), states
+        self.calls["tokens"] += layout.tokens.numel()
         self.calls["forwards"] += 1
-        output = self.body(input_ids=tokens, use_cache=False, output_hidden_states=True)
-        return (*output.hidden_states[1:-1], output.last_hidden_state)
+        whole = self.model(input_ids=layout.tokens, output_hidden_states=True, attention_mask=layout.attend.long())
+        return whole.logits, whole.hidden_states[-1].flatten(0, 1)
+
+    def layout(self, batch: Mapping[str, Tensor]) -> Layout:
+        """How this model gets the rows of a batch: packed, with what groups begin with computed once where that pays, or one
+        by one where the model allows no more."""
+        return packed(batch, self.price) if self.packs(batch) else padded(batch)
+
+    def packs(self, batch: Mapping[str, Tensor]) -> bool:
+        if not self.checked:
+            self.check(padded(batch).tokens)
+        longest = int(batch["attend"].sum(1).max()) if self.window and len(batch["attend"]) else 0
+        return not self.plain and (not longest or longest <= self.window)
 
     def head(self, hidden: Tensor) -> Tensor:
         """(M, D) -> logits (M, V) over the temperature."""
@@ -158,6 +176,29 @@ class Trunk:
             raise ValueError(f"{self.name} changes its logits in a way prefopt does not know (relative gap {gap:.1e} "
                              f"between head(hidden) and the model's logits): please report the model's name")
         self.checked = True
+        if not self.causal:
+            self.plain = "an encoder sees both ways"
+        if self.plain is None:
+            self.check_packing(tokens)
+
+    def check_packing(self, tokens: Tensor) -> None:
+        """On a small slice, packed rows give the states of padded ones, or rows are not packed, and a warning says so."""
+        ids = tokens[0, :min(24, 2 * self.window // 3)] if self.window else tokens[0, :24]
+        rows = [ids, torch.cat([ids[:-len(ids) // 3], (ids[:len(ids) // 2] + 1) % self.vocabulary]), ids[:5]]
+        one = {"tokens": nn.utils.rnn.pad_sequence(rows, batch_first=True), "group": torch.tensor([0, 0, 1], device=ids.device)}
+        one["attend"] = nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+        row, column = one["attend"].nonzero(as_tuple=True)
+        training, calls = self.model.training, dict(self.calls)
+        self.model.eval()
+        register(self.config)
+        plain, dense = padded(one), packed(one)
+        expected, found = self(plain)[plain.place(row, column)], self(dense)[dense.place(row, column)]
+        self.model.train(training)
+        self.calls.update(calls)
+        gap = relative(found, expected)
+        if not gap < (1e-4 if found.dtype in (torch.float32, torch.float64) else 3e-2):
+            self.plain = f"packed rows of {self.name} give other states (relative gap {gap:.1e})"
+            warnings.warn(f"{self.plain}: every row is computed by itself, which is slower", stacklevel=2)
 
 
 def relative(x: Tensor, y: Tensor) -> float:
@@ -179,11 +220,12 @@ class Models:
     critic: nn.Module | None = None
     temperature: float = 1.0                                  # of the policy whose log-probabilities these are
     sharded: bool = False                                     # over the processes, see prefopt.sharding
+    packing: bool = True                                      # of rows, where the models allow it
 
     def __post_init__(self):
-        self._policy = Trunk(self.policy, self.temperature)
-        self._reference = Trunk(self.reference, self.temperature) if self.reference is not None else None
-        self._critic = Trunk(self.critic) if self.critic is not None else None
+        self._policy = Trunk(self.policy, self.temperature, self.packing)
+        self._reference = Trunk(self.reference, self.temperature, self.packing) if self.reference is not None else None
+        self._critic = Trunk(self.critic, packing=self.packing) if self.critic is not None else None
 
     def critic_model(self) -> Trunk:
         if self._critic is None:

@@ -9,6 +9,7 @@ from tiny_models import Float64, Largest, adapted, batch, tiny
 
 from prefopt.activations import activation_mask, rescaled, taps
 from prefopt.forward import fill
+from prefopt.layout import padded
 from prefopt.models import Models, Trunk
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "granite"]
@@ -115,12 +116,12 @@ def test_equals_the_row_loop(family):
 def test_number_of_tensors_of_each_type(family):
     """Per layer 1, 6 and 7; the embedding and the final norm are added to the residual stream (the latter by the caller)."""
     trunk, seen = Trunk(tiny(family)), []
-    tokens = batch(ROWS)["tokens"]
-    trunk.check(tokens)
+    layout = padded(batch(ROWS))
+    trunk.check(layout.tokens)
     with taps(trunk, lambda kind, x: seen.append((kind, tuple(x.shape[:2])))):
-        trunk(tokens)
+        trunk(layout)
     assert {k: sum(kind == k for kind, _ in seen) for k, _ in seen} == {"mlp": 2, "attention": 12, "residual": 15}
-    assert {shape for _, shape in seen} == {tuple(tokens.shape)}
+    assert {shape for _, shape in seen} == {tuple(layout.tokens.shape)}
 
 
 @pytest.mark.parametrize("layout", [{"padding": "left"}, {"left": 3}, {"right": 5}, {"left": 2, "padding": "left"}])

@@ -22,7 +22,7 @@ from tiny_models import (
     tiny,
 )
 
-from prefopt.forward import GRADIENT, Positions, fill, forward, left_aligned, mismatched_rows, reduced, states, token_logp
+from prefopt.forward import GRADIENT, Positions, fill, forward, mismatched_rows, reduced, states, token_logp
 from prefopt.models import Models, Trunk, frozen_copy
 from prefopt.references import Moving
 
@@ -130,13 +130,6 @@ def test_chunks_do_not_matter(chunk):
         results.append((values, gradients(model, loss)))
     same(results[0][0], results[1][0])
     same(results[0][1], results[1][1])
-
-
-def test_left_aligned_by_hand():
-    b = {"tokens": torch.tensor([[9, 9, 1, 2, 3], [9, 4, 5, 9, 9]]),
-         "attend": torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]])}
-    tokens, offset = left_aligned(b)
-    assert tokens[0].tolist() == [1, 2, 3] and tokens[1, :2].tolist() == [4, 5] and offset.tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("layout", [{}, {"left": 2}])
@@ -333,13 +326,14 @@ def test_every_other_step_moves_the_reference_where_asked():
 
 # ------------------------------------------------------------------------------------------------- costs
 def test_counts_of_tokens_and_positions():
-    """The head sees masked tokens only, once forward and once more backward; the body sees the batch, trimmed."""
-    models, b = Models(tiny()), batch(ROWS, left=4, right=3)
-    calls = models.policy_model().calls
-    loss = forward(models, b, {"logp", "entropy"}, chunk=4)["logp"].sum()
-    assert calls == {"tokens": 4 * 8, "forwards": 1, "positions": 4 + 2 + 6 + 1}
-    loss.backward()
-    assert calls == {"tokens": 4 * 8, "forwards": 1, "positions": 2 * 13}
+    """The head sees masked tokens only, once forward and once more backward; the body sees real tokens, and prompts once."""
+    for packing, tokens in ((True, (3 + 4 + 2) + (2 + 6 + 1)), (False, 4 * 8)):
+        models, b = Models(tiny(), packing=packing), batch(ROWS, left=4, right=3)
+        calls = models.policy_model().calls
+        loss = forward(models, b, {"logp", "entropy"}, chunk=4)["logp"].sum()
+        assert calls == {"tokens": tokens, "forwards": 1, "positions": 4 + 2 + 6 + 1, "rectangle": 4 * 8}
+        loss.backward()
+        assert calls == {"tokens": tokens, "forwards": 1, "positions": 2 * 13, "rectangle": 4 * 8}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -109,17 +109,19 @@ def test_kill_9_anywhere(place, case):
 
 @pytest.mark.slow
 def test_kill_9_again_and_again(place):
-    """Killed by the clock, several times, each time resumed."""
+    """Killed some moments after some steps, several times, each time resumed."""
     settings = {"train.epochs": 8, **CASES["hypo"][1]}
-    began = time.monotonic()
     apart(plan(place, "hypo", "never-timed", **settings))
-    whole = time.monotonic() - began
-    clock, kills, run = random.Random(0), 0, plan(place, "hypo", "timed", **settings)
+    chance, kills, run, timing = random.Random(0), 0, plan(place, "hypo", "timed", **settings), place / "timed" / "timing.jsonl"
     for _ in range(40):
+        before = timing.read_text().count("\n") if timing.exists() else 0
         here, there = processes().Pipe(duplex=False)
         process = processes().Process(target=killed_run, args=(run, True, None, there))
         process.start()
-        process.join(clock.uniform(0.3, 0.9) * whole)
+        steps = chance.randint(2, 8)
+        while process.is_alive() and not (timing.exists() and timing.read_text().count("\n") >= before + steps):
+            time.sleep(0.002)
+        process.join(chance.uniform(0, 0.02))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1

@@ -78,7 +78,8 @@ def test_no_logits_and_one_pass_per_response(tmp_path):
         assert not hasattr(model, "lm_head") and model.score.weight.shape == (objective.outputs, 16)
         models, batch = Models(model), ragged()
         forward(models, objective.annotate(batch), objective.reads())
-        assert models.policy_model().calls == {"tokens": batch["tokens"].numel(), "forwards": 1, "positions": batch.N}
+        calls = models.policy_model().calls
+        assert (calls["forwards"], calls["positions"], calls["rectangle"]) == (1, batch.N, batch["tokens"].numel())
 
 
 REWARD_RECIPES = [name for name in recipes.__all__ if recipes.find(name)().outputs]
@@ -186,7 +187,7 @@ def test_a_bradley_terry_run_gives_a_folder_that_transformers_opens(place, lora)
     """It learns, and transformers' own class scores a padded batch as the reward does."""
     out = f"bt-{bool(lora)}"
     result = go(place, "bradley_terry", out, **{"train.epochs": 4, "train.lr": 0.02, "policy.lora": lora})
-    assert result.metrics["eval/accuracy"] == 1.0 and result.metrics["eval/loss"] < 0.5
+    assert result.metrics["eval/accuracy"] == pytest.approx(1.0) and result.metrics["eval/loss"] < 0.5
     assert 0.6 < lines(place / out)[0]["loss"] < 0.8          # log 2, but for the random head
     reward = load(str(place / out))
     assert isinstance(reward, TrainedReward)

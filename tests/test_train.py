@@ -87,13 +87,14 @@ def test_no_start_check_against_another_reference(place, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------ micro-batches
 def of_lengths(folder: Path, sizes: list[int]) -> None:
-    """Groups of these many tokens in all: <bos>-less prompt w1 twice and two responses, each with its <eos>."""
+    """Groups of these many tokens in all: prompt w1, which counts once where it may, and two responses with <eos>."""
     records = [{"prompt": "w1 ", "chosen": " ".join(["w2"] * (n - 5)), "rejected": "w3"} for n in sizes]
     write(folder / "train.jsonl", records)
 
 
-@pytest.mark.parametrize("sizes, tokens, split", [([14, 6, 6, 6], 18, [1, 3]), ([6, 10, 8, 8], 16, [2, 2]),
-                                                  ([9, 6, 6, 9], 9, [1, 1, 1, 1]), ([6, 6, 6, 6], 24, [4])])
+@pytest.mark.parametrize("sizes, tokens, split", [([14, 6, 6, 6], 17, [1, 3]), ([14, 6, 6, 6], 18, [2, 2]),
+                                                  ([6, 10, 8, 8], 16, [2, 2]), ([9, 6, 6, 9], 9, [1, 1, 1, 1]),
+                                                  ([9, 6, 6, 9], 10, [1, 2, 1]), ([6, 6, 6, 6], 20, [4])])
 def test_budgets_split_where_they_should(tmp_path, sizes, tokens, split, monkeypatch):
     workplace(tmp_path)
     of_lengths(tmp_path, sizes)
@@ -285,8 +286,10 @@ def test_cached_reference_is_the_live_one(place, tmp_path, settings, monkeypatch
     assert all("eval/kl/ref" in x for x in one if "eval/loss" in x)
     assert all(("eval/kl/ref" in x) == ("policy.lora" in settings) for x in two if "eval/loss" in x)
     tolerance = 1e-5 if "train.precision" not in settings else 0.05
+    chance = {k for k in two[0] if k.startswith("accuracy")}  # of a policy that is its reference: rounding decides
     for a, b in zip(one, two, strict=True):
-        assert {k: a[k] for k in b} == pytest.approx(b, rel=tolerance, abs=tolerance)
+        told = b.keys() - (chance if b["step"] == 1 else {})
+        assert {k: a[k] for k in told} == pytest.approx({k: b[k] for k in told}, rel=tolerance, abs=tolerance)
 
 
 def test_cache_knows_the_weights(tmp_path):

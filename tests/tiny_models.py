@@ -94,14 +94,18 @@ def saved(folder: Path, name: str = "llama", **changes) -> str:
 
 def batch(rows: list[tuple[int, int, int]], *, seed: int = 0, left: int = 0, right: int = 0, padding: str = "right",
           **columns: Tensor) -> Batch:
-    """A batch of random tokens from (group, prompt length, response length); `left` and `right` add columns of padding."""
+    """A batch of random tokens from (group, prompt length, response length); `left` and `right` add columns of padding. Prompts
+    of one group and length are the same."""
     generator = torch.Generator().manual_seed(seed)
     width = max(p + r for _, p, r in rows)
     tokens = torch.zeros(len(rows), left + width + right, dtype=torch.long)
     attend, mask = torch.zeros_like(tokens), torch.zeros_like(tokens)
-    for n, (_, p, r) in enumerate(rows):
+    prompts: dict[tuple[int, int], Tensor] = {}
+    for n, (g, p, r) in enumerate(rows):
         start = left + (width - p - r if padding == "left" else 0)
-        tokens[n, start:start + p + r] = torch.randint(3, VOCABULARY, (p + r,), generator=generator)
+        drawn = torch.randint(3, VOCABULARY, (p + r,), generator=generator)
+        drawn[:p] = prompts.setdefault((g, p), drawn[:p].clone())
+        tokens[n, start:start + p + r] = drawn
         attend[n, start:start + p + r] = 1
         mask[n, start + p:start + p + r] = 1
     return Batch({"tokens": tokens, "attend": attend, "mask": mask, "group": torch.tensor([g for g, _, _ in rows]),

@@ -1,0 +1,282 @@
+"""How the rows of a batch are laid out for a model, and where each of their tokens went.
+
+Padded      one row each, padding on the right. Works with every model: nothing looks right, so nothing sees the padding
+Packed      one long sequence of real tokens only. What all rows of a group begin with is computed once, and every row goes on
+            from there at its own positions: P + sum R_k tokens in the place of sum (P + R_k)
+
+In a packed sequence a token sees the beginning of its group and the tokens before it in its own row, and nothing else. Queries
+are gathered into few rectangles for that (`Block`): beginnings and whole rows, which are causal, and continuations, which see
+a beginning and themselves. All else a model does, it does to each token alone.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+__all__ = ["Layout", "Packed", "Padded", "packed", "padded", "shared", "why_padded", "window"]
+
+NAME = "prefopt_packed"                                       # of the attention that transformers calls
+SMALL = 2 ** 16                                               # scores that cost about as much as one more call of attention
+
+
+class Layout(Protocol):
+    """Tokens as a model gets them, and `place(row, column)`: where a token of the batch is in the model's states (S, D).
+    `rectangle` counts the tokens of the padded layout."""
+    tokens: Tensor
+    rectangle: int
+
+    def place(self, row: Tensor, column: Tensor) -> Tensor: ...
+
+
+# --------------------------------------------------------------------------------------------------------------- padded
+@dataclass(frozen=True)
+class Padded:
+    """Rows (N, T') with padding on the right only, and the offset (N) of each row in the batch."""
+    tokens: Tensor
+    offset: Tensor
+    attend: Tensor
+
+    @property
+    def rectangle(self) -> int:
+        return self.tokens.numel()
+
+    def place(self, row: Tensor, column: Tensor) -> Tensor:
+        return row * self.tokens.shape[1] + column - self.offset[row]
+
+
+def padded(batch: Mapping[str, Tensor]) -> Padded:
+    """Every row of the batch, left-aligned and trimmed."""
+    attend = batch["attend"].bool()
+    offset, length = attend.int().argmax(1), attend.sum(1)
+    width = int(length.max()) if len(length) else 0
+    place = torch.arange(width, device=offset.device)
+    index = (offset[:, None] + place).clamp(max=attend.shape[1] - 1)
+    return Padded(batch["tokens"].gather(1, index), offset, place < length[:, None])
+
+
+# --------------------------------------------------------------------------------------------------------------- packed
+@dataclass(frozen=True)
+class Block:
+    """One call of attention: queries (n L) and keys (n C), as places in the packed sequence; rows shorter than L or C repeat
+    place 0. `real` picks queries that are no padding, in the order of the sequence. Without `mask` (n or 1, 1, L, C) queries
+    are keys, and attention is causal."""
+    queries: Tensor
+    keys: Tensor
+    real: Tensor
+    rows: int
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One sequence of S tokens at `position`s of their own. Token t of row n is at head + t, from t = shared on at tail + t."""
+    tokens: Tensor                                            # (1, S)
+    position: Tensor                                          # (1, S)
+    blocks: tuple[Block, ...]
+    offset: Tensor                                            # (N)
+    shared: Tensor                                            # (N)
+    head: Tensor                                              # (N)
+    tail: Tensor                                              # (N)
+    rectangle: int
+
+    def place(self, row: Tensor, column: Tensor) -> Tensor:
+        t = column - self.offset[row]
+        return t + torch.where(t < self.shared[row], self.head[row], self.tail[row])
+
+
+def shared(batch: Mapping[str, Tensor], price: float = 0.0) -> Tensor:
+    """How many tokens all rows of a row's group begin with, (N), 0 where sharing them does not pay.
+
+    It pays where (K - 1) P price > P^2 / 2 + sum R (P + R) - sum (P + R)^2 / 2: tokens saved, against scores that attention
+    computes in vain, because it skips the upper triangle of whole rows and not of continuations. `price` is the cost of a
+    token outside of attention in scores; 0 shares whatever there is to share.
+    """
+    rows = padded(batch)
+    length, group = rows.attend.sum(1), index_of(batch)
+    groups = int(group.max()) + 1 if len(group) else 0
+    number = torch.arange(len(group), device=group.device)
+    first = torch.full((groups,), len(group), device=group.device).scatter_reduce(0, group, number, "amin")
+    lead = first[group]
+    same = (rows.tokens == rows.tokens[lead]) & rows.attend & rows.attend[lead]
+    common = same.int().cumprod(1).sum(1)
+    least = common.new_full((groups,), rows.tokens.shape[1]).scatter_reduce(0, group, common, "amin")
+    size = torch.bincount(group, minlength=groups)
+    P, whole, own = least.double(), length.double(), (length - least[group]).double()
+    wasted = P ** 2 / 2 + summed(own * whole - whole ** 2 / 2, group, groups)
+    pays = (size > 1) & ((price == 0) | ((size - 1) * P * price > wasted))
+    return torch.where(pays, least, 0)[group]
+
+
+def index_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """(N) the number of each row's group."""
+    return torch.unique(batch["group"], return_inverse=True)[1]
+
+
+def summed(x: Tensor, group: Tensor, groups: int) -> Tensor:
+    return x.new_zeros(groups).index_add(0, group, x)
+
+
+def packed(batch: Mapping[str, Tensor], price: float = 0.0) -> Packed:
+    """The batch as one sequence of real tokens. The layout is made on the CPU and moved to where the batch is."""
+    device = batch["tokens"].device
+    batch = {name: batch[name].cpu() for name in ("tokens", "attend", "group")}
+    rows, common = padded(batch), shared(batch, price)
+    length, group = rows.attend.sum(1), index_of(batch)
+    leads: dict[int, int] = {}                                # group -> its first row, whose beginning serves all
+    for n, (g, P) in enumerate(zip(group.tolist(), common.tolist(), strict=True)):
+        if P:
+            leads.setdefault(g, n)
+    roots = [(n, L) for n, (L, P) in enumerate(zip(length.tolist(), common.tolist(), strict=True)) if not P and L]
+    roots += [(n, int(common[n])) for n in leads.values()]
+    roots.sort(key=lambda one: -one[1])
+    branches = [(n, P, L - P) for n, (L, P) in enumerate(zip(length.tolist(), common.tolist(), strict=True)) if P and L > P]
+    branches.sort(key=lambda one: (-one[1], -one[2]))
+    head, tail, at = torch.zeros_like(length), torch.zeros_like(length), 0
+    served = {int(group[n]): n for n in leads.values()}
+    pieces, blocks, begins = [], [], {}
+    for run in rectangles([L for _, L in roots], [L for _, L in roots]):
+        chosen = roots[run]
+        starts = []
+        for n, L in chosen:
+            starts.append(at)
+            begins[n] = at
+            pieces.append((n, 0, L))
+            at += L
+        blocks.append(causal(torch.tensor(starts), torch.tensor([L for _, L in chosen])))
+    for n, (g, P) in enumerate(zip(group.tolist(), common.tolist(), strict=True)):
+        head[n] = tail[n] = begins[served[g] if P else n] if length[n] else 0
+    for run in rectangles([R for _, _, R in branches], [P + R for _, P, R in branches]):
+        chosen = branches[run]
+        starts = []
+        for n, P, R in chosen:
+            starts.append(at)
+            tail[n] = at - P
+            pieces.append((n, P, R))
+            at += R
+        P, R = (torch.tensor([one[i] for one in chosen]) for i in (1, 2))
+        blocks.append(continuing(head[[n for n, _, _ in chosen]], P, torch.tensor(starts), R))
+    where = torch.cat([torch.arange(L) + P + n * rows.tokens.shape[1] for n, P, L in pieces] or [torch.zeros(0).long()])
+    position = torch.cat([torch.arange(P, P + L) for _, P, L in pieces] or [torch.zeros(0).long()])
+    found = Packed(rows.tokens.flatten()[where][None], position[None], tuple(blocks), rows.offset, common, head, tail,
+                   rows.rectangle)
+    return moved(found, device)
+
+
+def causal(start: Tensor, length: Tensor) -> Block:
+    """Whole sequences, each of which sees itself."""
+    places, real = filled(start, length)
+    return Block(places.flatten(), places.flatten(), real.flatten().nonzero().squeeze(1), len(start), None)
+
+
+def continuing(head: Tensor, before: Tensor, start: Tensor, length: Tensor) -> Block:
+    """Sequences that see the `before` tokens from `head` on, and themselves."""
+    queries, real = filled(start, length)
+    first, seen = filled(head, before)
+    mask = seen[:, None].expand(-1, queries.shape[1], -1)
+    if bool(seen.all()):
+        mask = mask[:1]
+    own = torch.ones(queries.shape[1], queries.shape[1], dtype=torch.bool).tril().expand(len(mask), -1, -1)
+    return Block(queries.flatten(), torch.cat([first, queries], 1).flatten(), real.flatten().nonzero().squeeze(1), len(start),
+                 torch.cat([mask, own], 2)[:, None])
+
+
+def filled(start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Places (n, L) of sequences that begin at `start`, 0 behind their ends, and which of them are real."""
+    place = torch.arange(int(length.max()))
+    real = place < length[:, None]
+    return torch.where(real, start[:, None] + place, 0), real
+
+
+def rectangles(heights: Sequence[int], widths: Sequence[int]) -> Iterator[slice]:
+    """Runs of sequences, sorted by size, whose common rectangle wastes at most half as much as it holds, or hardly anything.
+
+    >>> [r for r in rectangles([900, 890, 10], [900, 890, 10])], [r for r in rectangles([9, 2], [9, 2])]
+    ([slice(0, 2, None), slice(2, 3, None)], [slice(0, 2, None)])
+    """
+    start, area, high, wide = 0, 0, 0, 0
+    for n, (h, w) in enumerate(zip(heights, widths, strict=True)):
+        taller, wider = max(high, h), max(wide, w)
+        waste = (n + 1 - start) * taller * wider - area - h * w
+        if n > start and waste > max((area + h * w) / 2, SMALL):
+            yield slice(start, n)
+            start, area, taller, wider = n, 0, h, w
+        area, high, wide = area + h * w, taller, wider
+    if heights:
+        yield slice(start, len(heights))
+
+
+def moved(layout: Packed, device) -> Packed:
+    """The layout on a device; from the CPU to a GPU without waiting for it."""
+    if device.type == "cpu":
+        return layout
+
+    def there(one):
+        if isinstance(one, Tensor):
+            return one.pin_memory().to(device, non_blocking=True)
+        if isinstance(one, tuple):
+            return tuple(there(x) for x in one)
+        return replace(one, **{f.name: there(getattr(one, f.name)) for f in fields(one)}) if is_dataclass(one) else one
+    return there(layout)
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+              layout: Packed | None = None, scaling: float | None = None, dropout: float = 0.0, **others):
+    """Attention of a packed sequence, (1, H, S, d) -> (1, S, H, d). Without a layout it is transformers' own sdpa."""
+    if layout is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    found = [one_block(query, key, value, block, scaling) for block in layout.blocks]
+    return torch.cat(found)[None], None
+
+
+def one_block(query: Tensor, key: Tensor, value: Tensor, block: Block, scaling: float | None) -> Tensor:
+    """What the queries of a block see, without padding: (real, H, d)."""
+    q = query.index_select(0, block.queries).unflatten(0, (block.rows, -1)).transpose(1, 2)
+    k, v = (x.index_select(0, block.keys).unflatten(0, (block.rows, -1)).transpose(1, 2) for x in (key, value))
+    shares = q.shape[1] != k.shape[1]
+    if shares and q.is_cuda and block.mask is not None:       # no fast kernel takes both a mask and fewer heads of keys
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        shares = False
+    seen = scaled_dot_product_attention(q, k, v, attn_mask=block.mask, is_causal=block.mask is None, scale=scaling,
+                                        enable_gqa=shares)
+    return seen.transpose(1, 2).flatten(0, 1).index_select(0, block.real)
+
+
+def register(config) -> None:
+    """The model of this configuration calls `attention`, which without a layout is what it called before."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    config._attn_implementation = NAME
+
+
+def why_padded(model: nn.Module, config) -> str | None:
+    """Why rows of a model cannot be packed, None where nothing is known against it."""
+    kind, layers = type(model).__name__, {*(getattr(config, "layer_types", None) or [])}
+    if not getattr(model, "_supports_attention_backend", False) or layers - {"full_attention", "sliding_attention"}:
+        return f"{kind} has an attention of its own"
+    if config._attn_implementation not in ("sdpa", NAME):
+        return f"its attention is {config._attn_implementation}, and packing is built on sdpa"
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return f"{kind} routes tokens to experts"
+    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "") == "alibi":
+        return f"{kind} has ALiBi positions"
+    if any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)) or \
+            any(getattr(m, "attention_dropout", 0) for m in model.modules()):
+        return "dropout is on"
+    return None
+
+
+def window(config) -> int | None:
+    """How far the tokens of some layer see, None where all see everything. Up to that length a window changes nothing."""
+    layers = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in layers if layers else getattr(config, "use_sliding_window", True)
+    return getattr(config, "sliding_window", None) if slides else None

@@ -1,0 +1,242 @@
+"""Packed rows with shared beginnings against padded rows: the same states and the same gradients, from fewer tokens."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import EXACT, Float64, adapted, batch, gradients, same, tiny
+
+from data_tools.batch import Batch
+from prefopt.forward import fill, forward
+from prefopt.layout import Packed, Padded, packed, padded, rectangles, shared
+from prefopt.models import Head, Models, Trunk, frozen_copy
+
+GROUPS = [(0, 7, 4), (0, 7, 2), (0, 7, 6), (1, 5, 1), (1, 5, 3), (2, 3, 9), (3, 2, 1), (3, 4, 2)]
+FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": None}, "gemma3": {"sliding_window": 64},
+            "gemma2": {"attn_logit_softcapping": None, "attn_implementation": "sdpa", "sliding_window": 64}, "granite": {},
+            "cohere": {}, "phi": {}, "gpt2": {}, "gpt_neox": {}}
+
+
+@pytest.fixture(autouse=True)
+def double(request):
+    """Exact models, but where a test chooses its own dtype."""
+    if "dtype" in request.fixturenames:
+        yield
+    else:
+        with Float64():
+            yield
+
+
+def some(x: torch.Tensor) -> torch.Tensor:
+    """Fixed weights of both signs, so that no gradient cancels."""
+    return torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view(x.shape)
+
+
+def both(make, b, reads, **settings):
+    """Columns and gradients of packed and of padded rows."""
+    results = []
+    for packing in (True, False):
+        model = make()
+        models = Models(model, frozen_copy(make()), packing=packing, **settings)
+        found = forward(models, fill(models, b, reads), reads)
+        values = {k: found[k] for k in reads if k in found}
+        loss = sum((some(v) * v).sum() for v in values.values() if v.requires_grad)
+        results.append(({k: v.detach() for k, v in values.items()}, gradients(model, loss), models))
+    return results
+
+
+# --------------------------------------------------------------------------------------------------------------- layouts
+def rows(*texts: str, group=None) -> dict:
+    """Letters as tokens, `.` as padding on any side."""
+    tokens = torch.tensor([[ord(c) - 96 if c != "." else 0 for c in t] for t in texts])
+    return {"tokens": tokens, "attend": (tokens > 0).long(), "group": torch.tensor(group or [0] * len(texts))}
+
+
+def test_layouts_by_hand():
+    """Two groups: `ab` then `c` or `de`; `f` alone. Five tokens of the first in the place of seven."""
+    b = rows("abc..", "..abd", "f....", group=[4, 4, 9])
+    found = packed(b)
+    assert found.tokens.tolist() == [[1, 2, 6, 3, 4]] or sorted(found.tokens[0].tolist()) == [1, 2, 3, 4, 6]
+    assert found.shared.tolist() == [2, 2, 0] and found.rectangle == 9
+    row, column = b["attend"].nonzero(as_tuple=True)
+    at = found.place(row, column)
+    assert found.tokens[0, at].tolist() == b["tokens"][row, column].tolist()
+    assert found.position[0, at].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert at[:2].tolist() == at[3:5].tolist() and len(set(at.tolist())) == 5
+    wide = padded(b)
+    assert wide.tokens.flatten()[wide.place(row, column)].tolist() == b["tokens"][row, column].tolist()
+    assert wide.tokens[1].tolist() == [1, 2, 4] and wide.offset.tolist() == [0, 2, 0]
+
+
+def test_what_rows_share():
+    """The beginning of all rows, further than the prompt where responses begin alike; nothing in a group of one."""
+    assert shared(rows("abcd", "abce", "ab..")).tolist() == [2, 2, 2]
+    assert shared(rows("abcd", "abcd")).tolist() == [4, 4] and shared(rows("abcd")).tolist() == [0]
+    assert shared(rows("abcd", "xbcd")).tolist() == [0, 0]
+    assert shared(rows("abc", "abd", "abc", "abd", group=[0, 1, 1, 0])).tolist() == [2, 2, 2, 2]
+    assert packed(rows("abcd", "abcd")).tokens.tolist() == [[1, 2, 3, 4]]
+
+
+def test_sharing_has_to_pay():
+    """P = 4, R = 12 and 12: saved 4 tokens; attention computes 8 + 2 * 12 * 16 scores in the place of 256, 136 more."""
+    b = batch([(0, 4, 12), (0, 4, 12)])
+    assert shared(b, 34.1).tolist() == [4, 4] and shared(b, 33.9).tolist() == [0, 0]
+    assert packed(b, 33.9).tokens.numel() == 32 and packed(b).tokens.numel() == 28
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 7], [7, 0, 3, 1, 5, 2, 6, 4]])
+def test_every_token_is_there_once(order):
+    b = batch(GROUPS, seed=1, padding="left").select(torch.arange(8))
+    b = Batch({k: v[torch.tensor(order)] for k, v in b.items()})
+    found = packed(b)
+    assert found.tokens.numel() == (7 + 12) + (5 + 4) + 12 + (3 + 6) == 49
+    row, column = b["attend"].nonzero(as_tuple=True)
+    at = found.place(row, column)
+    assert set(at.tolist()) == set(range(49)) and found.tokens[0, at].equal(b["tokens"][row, column])
+    queries = torch.cat([block.queries[block.real] for block in found.blocks])
+    assert queries.tolist() == list(range(49))                # attention's output needs no reordering
+
+
+def test_rectangles_bound_what_is_wasted():
+    sizes = sorted((int(x) for x in torch.randint(1, 3000, (200,), generator=torch.Generator().manual_seed(0))), reverse=True)
+    runs = list(rectangles(sizes, sizes))
+    assert [i for r in runs for i in range(200)[r]] == list(range(200)) and len(runs) < 20
+    for r in runs:
+        real = sum(s * s for s in sizes[r])
+        assert len(sizes[r]) * sizes[r.start] ** 2 - real <= max(real / 2, 2 ** 16)
+    assert list(rectangles([], [])) == []
+
+
+# -------------------------------------------------------------------------------------------------------------- equality
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_and_all_gradients(family):
+    """Ragged groups with long, short and no shared beginnings, with padding on either side; 49 tokens in the place of 104."""
+    b = batch(GROUPS, seed=1, padding="left", right=2)
+    make = lambda: tiny(family, **FAMILIES[family])
+    one, two = both(make, b, {"logp", "logp_ref", "entropy", "token_kl", "states_ref", "last_state"})
+    for key in two[0]:
+        torch.testing.assert_close(one[0][key], two[0][key], **EXACT)
+    same(one[1], two[1])
+    assert one[2].policy_model().plain is None and two[2].policy_model().plain == "train.packing is off"
+    assert one[2].policy_model().calls["tokens"] == 49 and two[2].policy_model().calls["tokens"] == 8 * 13
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("reads", [{"outputs", "last_state", "prompt_state"}, {"token_reward"}])
+def test_reward_models(family, reads):
+    head = Head("AutoModelForTokenClassification", "TOKEN_CLS", 1) if "token_reward" in reads else \
+        Head("AutoModelForSequenceClassification", "SEQ_CLS", 3)
+    one, two = both(lambda: tiny(family, head=head), batch(GROUPS, seed=1, padding="left"), reads)
+    assert one[2].policy_model().calls["tokens"] < two[2].policy_model().calls["tokens"]
+    for key in reads:
+        torch.testing.assert_close(one[0][key], two[0][key], **EXACT)
+    same(one[1], two[1])
+
+
+def test_critics():
+    b, found = batch(GROUPS, seed=1), []
+    for packing in (True, False):
+        critic = tiny(head=Head("AutoModelForTokenClassification", "TOKEN_CLS", 1))
+        value = forward(Models(tiny(), critic=critic, packing=packing), b, {"value"})["value"]
+        found.append((value.detach(), gradients(critic, (some(value) * value).sum())))
+    torch.testing.assert_close(found[0][0], found[1][0], **EXACT)
+    same(found[0][1], found[1][1])
+
+
+def test_with_adapters():
+    """The reference is the policy with adapters off, in the same layout."""
+    results = []
+    for packing in (True, False):
+        model, b = adapted(tiny()), batch(GROUPS, seed=1)
+        models = Models(model, packing=packing)
+        found = forward(models, fill(models, b, {"logp_ref"}), {"logp", "logp_ref"})
+        results.append((found["logp"].detach(), found["logp_ref"], gradients(model, (some(found["logp"]) * found["logp"]).sum())))
+    torch.testing.assert_close(results[0][0], results[1][0], **EXACT)
+    torch.testing.assert_close(results[0][1], results[1][1], **EXACT)
+    assert (results[0][0] - results[0][1]).abs().max() > 0.1
+    same(results[0][2], results[1][2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_with_gradient_checkpointing(family, dtype):
+    results, b = [], batch(GROUPS, seed=1)
+    for packing, on in ((True, True), (True, False), (False, False)):
+        model = tiny(family, dtype=dtype)
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        logp = forward(Models(model, packing=packing), b, {"logp"})["logp"]
+        results.append((logp.detach(), gradients(model, (some(logp) * logp).sum())))
+    for value, grads in results[1:]:
+        torch.testing.assert_close(value, results[0][0], rtol=1e-5, atol=1e-5)
+        for key in grads:
+            torch.testing.assert_close(grads[key], results[0][1][key], rtol=1e-4, atol=1e-5 * float(grads[key].abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_lower_precision(dtype):
+    b, found = batch(GROUPS, seed=1), []
+    for packing in (True, False):
+        found.append(forward(Models(tiny("qwen2", dtype=dtype), packing=packing), b, {"logp"})["logp"].detach())
+    bound = 1e-5 if dtype is torch.float32 else 0.15
+    assert (found[0] - found[1]).abs().max() < bound * float(found[1].abs().max())
+
+
+# ------------------------------------------------------------------------------------------------------ negative controls
+def logp_of(model, layout: Packed, b) -> torch.Tensor:
+    row, column = b["mask"].bool().nonzero(as_tuple=True)
+    logits = model.lm_head(Trunk(model)(layout)[layout.place(row, column - 1)])
+    return logits.log_softmax(-1).gather(1, b["tokens"][row, column][:, None])[:, 0]
+
+
+@pytest.mark.parametrize("wrong", ["positions", "mask", "another's row"])
+def test_wrong_layouts_show(wrong):
+    model, b = tiny(), batch(GROUPS, seed=1)
+    models = Models(model)
+    expected = forward(models, b, {"logp"})["logp"][b["mask"].bool()].detach()
+    right = packed(b)
+    torch.testing.assert_close(logp_of(model, right, b).detach(), expected, **EXACT)
+    if wrong == "positions":
+        layout = replace(right, position=torch.arange(right.tokens.shape[1])[None])
+    else:
+        spoil = {"mask": lambda k: replace(k, mask=torch.ones_like(k.mask)),
+                 "another's row": lambda k: replace(k, keys=k.keys.roll(1))}
+        layout = replace(right, blocks=tuple(k if k.mask is None else spoil[wrong](k) for k in right.blocks))
+    assert (logp_of(model, layout, b) - expected).abs().max() > 1e-2
+
+
+# ------------------------------------------------------------------------------------------------- models that are padded
+def test_models_that_cannot_be_packed():
+    """Each says why, gets rows one by one, and gives the right numbers."""
+    b = batch(GROUPS, seed=1)
+    cases = [(tiny("gemma2"), "its attention is eager"), (tiny("llama", attention_dropout=0.1), "dropout is on")]
+    for model, why in cases:
+        trunk = Models(model).policy_model()
+        assert isinstance(trunk.layout(b), Padded) and trunk.plain.startswith(why)
+
+
+def test_windows_pack_up_to_their_length():
+    trunk = Trunk(tiny("mistral", sliding_window=12))
+    assert isinstance(trunk.layout(batch([(0, 4, 8), (0, 4, 2)])), Packed)
+    assert isinstance(trunk.layout(batch([(0, 4, 9), (0, 4, 2)])), Padded)
+    assert Trunk(tiny("llama")).window is None and Trunk(tiny("gemma3")).window == 4
+
+
+def test_experts_are_not_packed():
+    from transformers import MixtralConfig, MixtralForCausalLM
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                             num_attention_heads=2, num_key_value_heads=1, num_local_experts=2))
+    assert Trunk(model).plain == "MixtralModel routes tokens to experts"
+
+
+def test_a_model_whose_packed_rows_differ_falls_back_loudly():
+    """A model that ignores positions it is given."""
+    model = tiny()
+    body, forward_of = model.model, model.model.forward
+    body.forward = lambda *a, **k: forward_of(*a, **{**k, "position_ids": None})
+    trunk, b = Trunk(model), batch(GROUPS, seed=1)
+    with pytest.warns(UserWarning, match="packed rows of LlamaForCausalLM give other states.*slower"):
+        layout = trunk.layout(b)
+    assert isinstance(layout, Padded) and isinstance(trunk.layout(b), Padded)
+    torch.testing.assert_close(trunk(layout), Trunk(tiny())(padded(b)), **EXACT)
