@@ -48,6 +48,8 @@ COLUMNS: dict[str, Column] = {
     "entropy": Column("N T", "entropy of the next-token distribution", "forward"),
     "entropy_old": Column("N T", "the same before this rollout is trained on, no gradient", "forward"),
     "collision": Column("N T", "log sum_v p_v^2 of the next-token distribution (WPO)", "forward"),
+    "peak": Column("N T", "largest log-probability of the next-token distribution", "forward"),
+    "mass_above": Column("N T", "probability of all tokens more likely than the one that follows", "forward"),
     "token_kl": Column("N T", "KL(reference || policy) of the next-token distributions, with gradient", "forward"),
     "states_ref": Column("N T L D", "hidden states of layers 1..L of the reference at the position that predicts the "
                                     "token; the embedding output is left out", "forward"),

@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from prefopt.forward import CHUNK_BYTES, Positions, scatter
+from prefopt.forward import Positions, scatter
+from prefopt.head import CHUNK_BYTES
 from prefopt.layout import padded
 from prefopt.models import Trunk
 from prefopt.ops import upcast

@@ -1,52 +1,25 @@
 """From a Batch to columns: which model runs on which tokens, and what is kept of its output.
 
 No vocabulary projection that is not needed: log-probabilities and other reducers come from the hidden states of response
-positions through a chunked head that is recomputed in backward, so that no (tokens, vocabulary) tensor outlives its
-chunk, prompts are never projected, and padding is never projected. `states` is the one place that knows how rows are
-laid out for the model; packing and shared prefixes go there, and parts never see them.
+positions through a chunked head (`prefopt.head`), so that no (tokens, vocabulary) tensor outlives its chunk, prompts are
+never projected, and padding is never projected. How rows are laid out for a model is `prefopt.layout`'s matter; parts never
+see it.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from data_tools.batch import Batch
+from prefopt.head import ONE, TWO, reducers
 from prefopt.layout import padded, shared
 from prefopt.models import Models, Trunk
 from prefopt.ops import upcast
 from prefopt.sharding import evened
 
-CHUNK_BYTES = 64 * 2**20                                      # float32 logits of one chunk
-
-
-# ------------------------------------------------------------------------------------------------------- reducers
-def logp(logits: Tensor, token: Tensor) -> Tensor:
-    """Log-probability of the token that follows."""
-    return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
-
-
-def entropy(logits: Tensor, token: Tensor) -> Tensor:
-    """H = log Z - sum_v p_v logit_v."""
-    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
-
-
-def collision(logits: Tensor, token: Tensor) -> Tensor:
-    """log sum_v p_v^2."""
-    return (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
-
-
-def token_kl(logits: Tensor, token: Tensor, logits_ref: Tensor) -> Tensor:
-    """KL(reference || policy) = sum_v p_ref (log p_ref - log p)."""
-    log_ref = logits_ref.log_softmax(-1)
-    return (log_ref.exp() * (log_ref - logits.log_softmax(-1))).sum(-1)
-
-
-ONE = {"logp": logp, "entropy": entropy, "collision": collision}          # reducers of one distribution
-TWO = {"token_kl": token_kl}                                              # of the policy's and the reference's
 FROZEN = {"logp_ref", "logp_old", "logp_now", "entropy_old", "outputs_old", "value_old", "activation_mask",
           "mismatched"}                                                   # made once per step, by `fill`
 GRADED = {"outputs", "token_reward"}                                      # of a reward model's head
@@ -88,30 +61,6 @@ def scatter(values: Tensor, at: Positions, shape: tuple[int, int]) -> Tensor:
     return values.new_zeros(*shape, *values.shape[1:]).index_put((at.row, at.column), values)
 
 
-def reduced(hidden: Tensor, token: Tensor, head: Callable[[Tensor], Tensor], names: Iterable[str], *,
-            hidden_ref: Tensor | None = None, head_ref: Callable[[Tensor], Tensor] | None = None,
-            vocabulary: int = 1, chunk: int | None = None) -> dict[str, Tensor]:
-    """Reducers of the next-token distributions, chunk positions at a time; each chunk is recomputed in backward."""
-    names = list(names)
-    if chunk is None:
-        chunk = max(16, CHUNK_BYTES // (4 * vocabulary))
-
-    def piece(h: Tensor, t: Tensor, h_ref: Tensor | None):
-        logits = upcast(head(h))
-        with torch.no_grad():
-            logits_ref = upcast(head_ref(h_ref)) if h_ref is not None else None
-        return tuple(ONE[n](logits, t) if n in ONE else TWO[n](logits, t, logits_ref) for n in names)
-
-    pieces = []
-    for start in range(0, len(hidden), chunk):
-        part = slice(start, start + chunk)
-        arguments = hidden[part], token[part], hidden_ref[part] if hidden_ref is not None else None
-        pieces.append(checkpoint(piece, *arguments, use_reentrant=False) if torch.is_grad_enabled() else piece(*arguments))
-    if not pieces:
-        return {n: upcast(hidden).sum(-1) for n in names}
-    return {n: torch.cat([p[i] for p in pieces]) for i, n in enumerate(names)}
-
-
 # ------------------------------------------------------------------------------------------------------- the two passes
 def forward(models: Models, batch: Batch, reads: Iterable[str], *, chunk: int | None = None) -> Batch:
     """Columns with gradient that `reads` names, for one micro-batch.
@@ -146,8 +95,8 @@ def forward(models: Models, batch: Batch, reads: Iterable[str], *, chunk: int | 
     else:
         every = trunk(layout)
     if names:
-        found = reduced(every[layout.place(at.row, at.column - 1)], at.token, trunk.head, names, hidden_ref=hidden_ref,
-                        head_ref=models.reference_head, vocabulary=trunk.vocabulary, chunk=chunk)
+        found = reducers(trunk, every[layout.place(at.row, at.column - 1)], at.token, names, hidden_ref=hidden_ref,
+                         head_ref=models.reference_head, chunk=chunk)
         out.update({n: scatter(v, at, shape) for n, v in found.items()})
         if same and "logp" in out:
             out["logp_old"] = out["logp"].detach()
@@ -214,8 +163,7 @@ def of_tokens(trunk: Trunk, batch: Mapping[str, Tensor], chunk: int | None = Non
     """A reducer at every masked token under one model, (N, T), zeros elsewhere."""
     at = Positions.of(batch)
     hidden = states(trunk, batch, at)
-    found = reduced(hidden, at.token, trunk.head, [reducer], vocabulary=trunk.vocabulary, chunk=chunk)[reducer]
-    return scatter(found, at, tuple(batch["mask"].shape))
+    return scatter(reducers(trunk, hidden, at.token, [reducer], chunk=chunk)[reducer], at, tuple(batch["mask"].shape))
 
 
 def values(critic: Trunk, batch: Mapping[str, Tensor], at: Positions) -> Tensor:
@@ -284,4 +232,4 @@ def needs_critic(reads: Iterable[str]) -> bool:
     return bool(set(reads) & CRITIC)
 
 
-__all__ = ["fill", "forward", "frozen_models", "needs_critic", "pieces", "reduced", "states", "token_logp"]
+__all__ = ["fill", "forward", "frozen_models", "needs_critic", "pieces", "states", "token_logp"]

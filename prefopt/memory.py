@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from prefopt.config import Run
-from prefopt.forward import CHUNK_BYTES, frozen_models, needs_critic
+from prefopt.forward import frozen_models, needs_critic
+from prefopt.head import CHUNK_BYTES
 from prefopt.models import DTYPES, LANGUAGE, Head, head_of
 
 LENGTH = 67                                                   # of the trial sequence; recognises (T, T) tensors

@@ -144,7 +144,8 @@ class Trunk:
     def logits(self, hidden: Tensor) -> Tensor:
         """(M, D) -> the model's own logits (M, V)."""
         self.calls["positions"] += len(hidden)
-        logits = self.output(hidden) * self.scale
+        logits = self.output(hidden)
+        logits = logits if self.scale == 1 else logits * self.scale
         return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
 
     @torch.no_grad()

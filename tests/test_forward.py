@@ -22,7 +22,8 @@ from tiny_models import (
     tiny,
 )
 
-from prefopt.forward import GRADIENT, Positions, fill, forward, mismatched_rows, reduced, states, token_logp
+from prefopt.forward import GRADIENT, Positions, fill, forward, mismatched_rows, states, token_logp
+from prefopt.head import reduced
 from prefopt.models import Models, Trunk, frozen_copy
 from prefopt.references import Moving
 
