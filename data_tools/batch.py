@@ -8,6 +8,8 @@ from torch import Tensor
 
 from data_tools.columns import column
 
+STRUCTURE = {"tokens", "attend", "mask", "group", "prompt_length"}      # columns that say which rows and positions there are
+
 
 class Batch(Mapping):
     """Immutable named columns. Rows lead with N, group columns with B; `data_tools.columns` documents each.
@@ -15,9 +17,12 @@ class Batch(Mapping):
     `group (N)` may hold any integers, in any order; group b is the b-th smallest of them, and within a group rows keep
     their order. Unknown names and shapes that disagree are errors. `width` is K, the size of the largest group of the
     optimiser step; a micro-batch inherits it so that (B, K, K) columns keep their shape when groups are split off.
+
+    `host` is the batch itself, or, of one on a GPU, the columns that say which rows and positions there are, on the CPU:
+    whoever asks there waits for nothing.
     """
 
-    def __init__(self, columns: Mapping[str, Tensor], width: int | None = None):
+    def __init__(self, columns: Mapping[str, Tensor], width: int | None = None, host: Batch | None = None):
         columns = dict(columns)
         if "group" not in columns:
             raise KeyError("a Batch needs the column 'group' (N): which group each row belongs to")
@@ -25,17 +30,23 @@ class Batch(Mapping):
         if group.ndim != 1 or group.dtype.is_floating_point:
             raise ValueError(f"column 'group' must be (N) integers, found {tuple(group.shape)} {group.dtype}")
         self.index: Tensor                                    # (N) group number 0..B-1 of each row
-        ids, self.index = torch.unique(group, return_inverse=True)
-        self.groups, self.N = len(ids), len(group)
-        order = torch.argsort(self.index, stable=True)
-        count = torch.bincount(self.index, minlength=self.groups)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(self.N, device=group.device)
-        self.slot: Tensor = place - (count.cumsum(0) - count)[self.index]      # (N) place of each row in its group
-        largest = int(count.max()) if self.N else 1         # slots of nothing, but slots
-        self.width = largest if width is None else width
-        if largest > self.width:
-            raise ValueError(f"a group of {largest} rows does not fit width {self.width}")
+        self.slot: Tensor                                     # (N) place of each row in its group
+        self.host, self.N = host or self, len(group)
+        if host is None:
+            ids, self.index = torch.unique(group, return_inverse=True)
+            self.groups = len(ids)
+            order = torch.argsort(self.index, stable=True)
+            count = torch.bincount(self.index, minlength=self.groups)
+            place = torch.empty_like(order)
+            place[order] = torch.arange(self.N, device=group.device)
+            self.slot = place - (count.cumsum(0) - count)[self.index]
+            self.largest = int(count.max()) if self.N else 1  # slots of nothing, but slots
+        else:
+            self.groups, self.largest = host.groups, host.largest
+            self.index, self.slot = (x.to(group.device, non_blocking=True) for x in (host.index, host.slot))
+        self.width = self.largest if width is None else width
+        if self.largest > self.width:
+            raise ValueError(f"a group of {self.largest} rows does not fit width {self.width}")
         self._columns = columns
         for name, value in columns.items():
             self._check(name, value)
@@ -67,10 +78,14 @@ class Batch(Mapping):
 
     def with_columns(self, **columns: Tensor) -> Batch:
         """A new batch with these columns added or replaced; names with '@' go through a dict: `**{'unit@sft': u}`."""
-        return Batch({**self._columns, **columns}, self.width)
+        host = None if self.host is self or STRUCTURE & columns.keys() else self.host
+        return Batch({**self._columns, **columns}, self.width, host)
 
     def to(self, device) -> Batch:
-        return Batch({k: v.to(device, non_blocking=True) for k, v in self.items()}, self.width)
+        """The batch on a device; from the CPU it leaves behind what says which rows and positions there are."""
+        columns, away = {k: v.to(device, non_blocking=True) for k, v in self.items()}, torch.device(device).type != "cpu"
+        left = Batch({k: v for k, v in self.items() if k in STRUCTURE}, self.width) if away and self.index.is_cpu else None
+        return Batch(columns, self.width, left)
 
     @property
     def real(self) -> Tensor:
@@ -90,17 +105,26 @@ class Batch(Mapping):
 
     def select(self, rows: Tensor) -> Batch:
         """The batch of these rows, which must be whole groups; group columns are cut to the groups present."""
-        groups = torch.unique(self.index[rows])
-        if int(torch.isin(self.index, groups).sum()) != len(rows):
+        index = self.host.index
+        groups = torch.unique(index[rows.to(index.device)])
+        if int(torch.isin(index, groups).sum()) != len(rows):
             raise ValueError("select needs whole groups: some rows of a selected group are missing")
+        host = None if self.host is self else self.host.select(rows)
+        rows, groups = (x.to(self.index.device, non_blocking=True) for x in (rows, groups))
         out = {k: v[groups] if column(k).dims.startswith("B") else v[rows] for k, v in self.items()}
-        return Batch(out, self.width)
+        return Batch(out, self.width, host)
+
+    def alone(self, rows: Tensor) -> Batch:
+        """The batch of these rows of any groups, without the columns that lead with B."""
+        host = None if self.host is self else self.host.alone(rows)
+        rows = rows.to(self.index.device, non_blocking=True)
+        return Batch({k: v[rows] for k, v in self.items() if not column(k).dims.startswith("B")}, host=host)
 
     def split(self, sizes: Sequence[int]) -> Iterator[Batch]:
         """Consecutive runs of groups, `sizes` groups each."""
         start = 0
         for size in sizes:
-            inside = (self.index >= start) & (self.index < start + size)
+            inside = (self.host.index >= start) & (self.host.index < start + size)
             yield self.select(inside.nonzero().squeeze(1))
             start += size
 
@@ -124,13 +148,14 @@ class Batch(Mapping):
                shared: Tensor | None = None) -> Iterator[tuple[Tensor, Batch]]:
         """`microbatches`, each with the numbers of its rows in this batch."""
         if tokens is None:
-            yield torch.arange(self.N, device=self.index.device), self
+            yield torch.arange(self.N), self
             return
-        lengths = self["attend" if "attend" in self else "mask"].bool().sum(1)
+        host = self.host
+        lengths = host["attend" if "attend" in host else "mask"].bool().sum(1)
         common = torch.zeros_like(lengths) if shared is None else shared
-        by_group = torch.argsort(self.index, stable=True)
+        by_group = torch.argsort(host.index, stable=True)
         order = by_group if whole_groups or shared is not None else lengths.argsort(descending=True, stable=True)
-        length, group, once = lengths[order].tolist(), self.index[order].tolist(), common[order].tolist()
+        length, group, once = lengths[order].tolist(), host.index[order].tolist(), common[order].tolist()
         if whole_groups:                                      # cost of each group
             cost = [0] * self.groups
             for n, g, P in zip(length, group, once, strict=True):
@@ -142,12 +167,12 @@ class Batch(Mapping):
                              f"truncate with data.max_length")
         if whole_groups:
             for run in runs(cost, tokens):
-                rows = ((self.index >= run.start) & (self.index < run.stop)).nonzero().squeeze(1)
+                rows = ((host.index >= run.start) & (host.index < run.stop)).nonzero().squeeze(1)
                 yield rows, self.select(rows)
             return
         for run in together(length, group, once, tokens):
             rows = order[run].sort().values
-            yield rows, Batch({k: v[rows] for k, v in self.items() if not column(k).dims.startswith("B")})
+            yield rows, self.alone(rows)
 
 
 def together(length: Sequence[int], group: Sequence[int], once: Sequence[int], budget: int) -> Iterator[slice]:

@@ -26,6 +26,7 @@ from prefopt.diagnose import EVALUATION_METRICS, combined
 from prefopt.doctor import OPTIONAL
 from prefopt.explain import UNBOUNDED, asks, departures_of, document
 from prefopt.findings import Finding, attempt, error, exists, ok, sentence, warning
+from prefopt.layout import PRICE, packed, padded, shared
 from prefopt.models import head_of
 from prefopt.parts import kind
 from prefopt.rehearsal import Rehearsal, rehearse
@@ -279,7 +280,6 @@ def encoding(run: Run, tokenizer, seen: Seen) -> Findings:
     which = "the first and the longest" if seen.groups > len(groups) else "all"
     yield ok("encoding", f"{np.mean(lengths):.0f} tokens per group on average and at most {max(lengths)}, rows of up "
                          f"to {int(batch['attend'].sum(1).max())} tokens, in {which} {len(groups)} groups")
-    list(batch.microbatches(run.train.tokens))                # raises where a group does not fit the budget
     return batch
 
 
@@ -324,15 +324,18 @@ def room(run: Run, config, batch: Batch | None, tokens: int | None = None) -> Fi
     own = memory.size(config, dtype=run.policy.dtype, lora=run.policy.lora, head=head)
     yield ok("policy", f"{type(config).__name__.removesuffix('Config')} with {own.parameters:,} parameters, "
                        f"{own.trainable:,} of them train")
+    plain, price = own.plain if t.packing else "train.packing is off", PRICE * own.width
+    if batch is not None:
+        yield packing(batch, plain, price)
     if tokens is None:
-        tokens = t.tokens or 0 if batch is None else largest(batch, t.tokens, t.groups_per_step)
+        tokens = t.tokens or 0 if batch is None else largest(batch, run, None if plain else shared(batch, price))
     parts = memory.estimate(run, config, tokens=tokens)
-    total, free = sum(parts.values()), memory.available(t.device)
+    total, free, whole = sum(parts.values()), memory.available(t.device), memory.capacity(t.device)
     text = ", ".join(f"{what} {memory.gigabytes(count)}" for what, count in parts.items())
-    less = ". Lower train.tokens, or set policy.gradient_checkpointing or policy.lora" if total > free else ""
-    yield (warning if total > free else ok)(
-        "memory", f"about {memory.gigabytes(total)} by estimate, {memory.gigabytes(free)} are free. {text}, for "
-                  f"micro-batches of {tokens:,} tokens{less}")
+    less = f". {smaller(run, parts, whole)}" if total > free else ""
+    yield (error if total > whole else warning if total > free else ok)(
+        "memory", f"about {memory.gigabytes(total)} by estimate; of {memory.gigabytes(whole)}, {memory.gigabytes(free)} are "
+                  f"free. {text}, for micro-batches of {tokens:,} tokens{less}")
     saves = (t.keep + 1) * bool(t.save_every)
     need = own.weights + saves * (own.weights + parts["optimiser"])
     place = next(p for p in (Path(run.out).absolute(), *Path(run.out).absolute().parents) if p.exists())
@@ -345,12 +348,38 @@ def room(run: Run, config, batch: Batch | None, tokens: int | None = None) -> Fi
                               "anything but Ctrl-C loses it")
 
 
-def largest(batch: Batch, budget: int | None, groups: int) -> int:
-    """Tokens of the largest micro-batch of a step of so many groups, padding included, if all were like the longest one
-    here."""
-    lengths = batch["attend"].sum(1)
-    longest = int(torch.zeros(batch.groups, dtype=torch.long).index_add(0, batch.index, lengths).max()) * groups
-    padding = max(m.N * int(m["attend"].sum(1).max()) / int(m["attend"].sum()) for m in batch.microbatches(budget))
+def smaller(run: Run, parts: dict[str, float], whole: int) -> str:
+    """The settings that make a run smaller, those for the larger share first."""
+    p, t = run.policy, run.train
+    acts = sum(v for k, v in parts.items() if k.startswith(("activations", "logits", "hidden")))
+    held = sum(parts.values()) - acts
+    batch = ["lower train.tokens", *["set policy.gradient_checkpointing"] * (not p.gradient_checkpointing)]
+    model = [*["set policy.lora"] * (p.lora is None), *["set policy.quantize: 4"] * (p.lora is not None and not p.quantize),
+             *["set data.cache_reference"] * ("reference" in parts and not run.rollout), *["set train.shard"] * (not t.shard)]
+    if held > whole:
+        return f"Whatever the batch, {memory.gigabytes(held)} are for models and their training: {', or '.join(model)}"
+    tips = ", or ".join(model + batch if held > acts else batch + model)
+    return tips[0].upper() + tips[1:]
+
+
+def packing(batch: Batch, plain: str | None, price: float) -> Finding:
+    """How many tokens are computed, of those that padded rows would have."""
+    if plain:
+        return ok("packing", f"rows are computed one by one, with padding: {plain}")
+    share = packed(batch, price).tokens.numel() / padded(batch).rectangle
+    return ok("packing", f"rows are packed, and what a group begins with is computed once: {share:.0%} of the tokens that padded "
+                         f"rows have, in what was encoded here")
+
+
+def largest(batch: Batch, run: Run, common: torch.Tensor | None) -> int:
+    """Tokens of the largest micro-batch of a step, padding included, if all groups were like the longest one here. `common`
+    counts the tokens that a row shares. An error where a group does not fit the budget."""
+    budget, lengths = run.train.tokens, batch["attend"].sum(1)
+    micro = list(batch.microbatches(budget, run.objective().whole_groups, common))
+    once = 0 if common is None else torch.where(batch.slot == 0, 0, common)
+    longest = int(torch.zeros(batch.groups, dtype=torch.long).index_add(0, batch.index, lengths - once).max())
+    longest *= run.train.groups_per_step
+    padding = 1 if common is not None else max(m.N * int(m["attend"].sum(1).max()) / int(m["attend"].sum()) for m in micro)
     return round(min(longest, budget or longest) * padding)
 
 

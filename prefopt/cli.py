@@ -171,6 +171,7 @@ def finished(result, expect: dict[str, str]) -> None:
         early = f", stopped early: {result.stopped}" if result.stopped else ""
         console.print(f"{result.steps} step{'s' * (result.steps != 1)}{early}; the model is in {result.out}/model, all "
                       f"metrics are in {result.out}/metrics.jsonl", soft_wrap=True)
+        console.print(result.speed, soft_wrap=True)
         for metric, condition in expect.items():
             if not any(text.startswith(f"{metric} ") for text in result.failed):
                 console.print(Text("as expected: ", style="green").append(f"{metric} {condition}", style="default"))

@@ -139,7 +139,9 @@ class Train(Settings):
     epochs: float = Field(1.0, gt=0)                          # may be part of one
     steps: int | None = Field(None, ge=1)                     # overrides epochs
     groups_per_step: int = Field(64, ge=1)
-    tokens: int | None = Field(16384, ge=1)                   # real tokens of one micro-batch, over all its rows
+    tokens: int | None = Field(16384, ge=1)                   # of one micro-batch, what a group shares counted once
+    packing: bool = True                                      # rows in one sequence without padding, prompts computed once per
+                                                              # group, where the model allows it
     lr: float = Field(1e-6, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.1, ge=0)                          # share of the steps below 1, else steps

@@ -17,7 +17,7 @@ import yaml
 
 from data_tools.columns import COLUMNS
 from data_tools.fields import DataError
-from prefopt.config import Run, assemble, make
+from prefopt.config import Model, Run, assemble, make
 from prefopt.forward import FROZEN, GRADIENT, fill
 from prefopt.models import Models
 from prefopt.objectives import Term
@@ -59,7 +59,8 @@ def dataset(run: Run, tokenizer, held_out: bool):
     d = run.data
     sources = d.eval if held_out else d.train
     sources = [sources] if isinstance(sources, str) else sources
-    settings = {k: v for k, v in d.model_dump().items() if k not in ("train", "eval", "cache", "cache_reference")}
+    settings = {k: v for k, v in d.model_dump().items() if k not in ("train", "eval", "cache", "cache_reference",
+                                                                "cache_start")}
     said = [content(s) for s in sources], settings, held_out, d.flip and run.train.seed, kind(run.objective().ranking)
     key = blake2b(repr(said).encode(), digest_size=16).hexdigest()
     mark = blake2b((key + tokenizer_fingerprint(tokenizer)).encode()).hexdigest()[:12]
@@ -115,23 +116,23 @@ def fits(data, tokens: int | None, online=None) -> None:
                          f"with data.max_length")
 
 
-def cache_reference(run: Run, prepared: tuple, load: Callable[[], Models], autocast: Callable) -> list:
-    """The data with the reference's log-probabilities, written beside it once under what made them: the reference's
+def cached(run: Run, column: str, settings: Model, prepared: tuple, load: Callable[[], Models], autocast: Callable) -> list:
+    """The data with a model's log-probabilities as a column, written beside it once under what made them: the model's
     settings and weights, and the precision. `load` is called, once, only where they are not there yet."""
-    reference, models = frozen_policy(run), None
-    key = f"{reference.model_dump_json()} {content(reference.name)} {run.train.precision}"
+    models = None
+    key = f"{settings.model_dump_json()} {content(settings.name)} {run.train.precision}"
     for data in prepared:
-        if data is None or data.has_column("logp_ref", key):
+        if data is None or data.has_column(column, key):
             continue
         models = models or load()
         device = next(models.policy.parameters()).device
-        with data.column_writer("logp_ref", key) as write:
+        with data.column_writer(column, key) as write:
             for start in range(0, len(data), 64):
                 indices = range(start, min(start + 64, len(data)))
                 with autocast():
                     batch = fill(models, data.batch(indices).to(device), {"logp_ref"}, tokens=run.train.tokens)
                 write(indices, batch["logp_ref"])
-    return [data and data.with_column("logp_ref", key) for data in prepared]
+    return [data and data.with_column(column, key) for data in prepared]
 
 
 def frozen_policy(run: Run):
@@ -271,11 +272,11 @@ def log(accelerator, out: Path, line: dict, step: int) -> None:
         accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
 
 
-def timing(accelerator, out: Path, step: int, tokens: int, seconds: float) -> None:
+def timing(accelerator, out: Path, step: int, measured: Mapping[str, float]) -> None:
     """Speed has a file of its own: metrics.jsonl is the same, byte for byte, however often a run was interrupted."""
     if accelerator.is_main_process:
         with (out / "timing.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "tokens": tokens, "seconds": seconds}) + "\n")
+            file.write(json.dumps({"step": step, **measured}) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- progress

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data_tools.batch import Batch
 from prefopt.head import ONE, TWO, reducers
-from prefopt.layout import padded, shared
+from prefopt.layout import on_host, padded, shared
 from prefopt.models import Models, Trunk
 from prefopt.ops import upcast
 from prefopt.sharding import evened
@@ -38,13 +38,16 @@ class Positions:
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor]) -> Positions:
+        """Of all masked tokens, from what the batch has on the CPU."""
+        device, batch = batch["mask"].device, on_host(batch)
         mask = batch["mask"].bool()
         row, column = mask.nonzero(as_tuple=True)
         first = batch["attend"].int().argmax(1)[row] if "attend" in batch else torch.zeros_like(row)
         if bool((column <= first).any()):
             raise ValueError("a response starts at the first token of its row, and nothing predicts that token: give "
                              "the row a prompt, or a tokenizer with a BOS token")
-        return cls(row, column, batch["tokens"][row, column])
+        found = row, column, batch["tokens"][row, column]
+        return cls(*(x.to(device, non_blocking=True) for x in found))
 
 
 def states(trunk: Trunk, batch: Mapping[str, Tensor], at: Positions, *, layers: bool = False) -> Tensor:

@@ -6,6 +6,7 @@ and turns them into the gradient in place. What else there is goes through check
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -117,8 +118,9 @@ class Projected(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, token, trunk, wants_entropy, parts, differentiable):
         device = hidden.device.type
-        ctx.precision = dict(device_type=device, enabled=torch.is_autocast_enabled(device),
-                             dtype=torch.get_autocast_dtype(device))
+        low = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        ctx.kind = torch.get_autocast_dtype(device) if low else hidden.dtype
+        ctx.precision = torch.autocast(device, ctx.kind) if low else nullcontext()
         found, entropies, ctx.kept = [], [], None
         for part in parts:
             log_p, log_z = log_probabilities(trunk, hidden[part])
@@ -143,16 +145,15 @@ class Projected(torch.autograd.Function):
         for part in ctx.parts:
             made, ctx.kept = ctx.kept, None
             if made is None:
-                with torch.autocast(**ctx.precision):
+                with ctx.precision:
                     made = log_probabilities(trunk, hidden[part])
             d = d_logits(trunk, *made, token[part], g_logp[part], H[part], g_entropy[part] if ctx.wants_entropy else None)
             del made
-            kind = ctx.precision["dtype"] if ctx.precision["enabled"] else hidden.dtype
-            d, h, w = d.to(kind), hidden[part].to(kind), weight.to(kind) if w is None else w
+            d, h, w = d.to(ctx.kind), hidden[part].to(ctx.kind), weight.to(ctx.kind) if w is None else w
             if wants[0]:
                 d_hidden[part] = d @ w
             if wants[1]:
-                d_weight.addmm_(d.T, h) if d_weight.dtype == kind else d_weight.add_(d.T @ h)
+                d_weight.addmm_(d.T, h) if d_weight.dtype == ctx.kind else d_weight.add_(d.T @ h)
             if wants[2]:
                 d_bias += d.sum(0, dtype=d_bias.dtype)
         return (d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype),

@@ -18,9 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["Layout", "Packed", "Padded", "packed", "padded", "shared", "why_padded", "window"]
+from data_tools.batch import Batch
+
+__all__ = ["PRICE", "Layout", "Packed", "Padded", "packed", "padded", "shared", "why_padded", "window"]
 
 NAME = "prefopt_packed"                                       # of the attention that transformers calls
+PRICE = 6.0                                                   # scores that a token costs outside of attention, per unit of width:
+                                                              # 12 D^2 weights a layer, and D products for q k and p v each
 SMALL = 2 ** 16                                               # scores that cost about as much as one more call of attention
 
 
@@ -49,8 +53,17 @@ class Padded:
         return row * self.tokens.shape[1] + column - self.offset[row]
 
 
+def on_host(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What says which rows and positions there are, on the CPU where the batch has left it there."""
+    return batch.host if isinstance(batch, Batch) else batch
+
+
 def padded(batch: Mapping[str, Tensor]) -> Padded:
     """Every row of the batch, left-aligned and trimmed."""
+    return moved(aligned(on_host(batch)), batch["tokens"].device)
+
+
+def aligned(batch: Mapping[str, Tensor]) -> Padded:
     attend = batch["attend"].bool()
     offset, length = attend.int().argmax(1), attend.sum(1)
     width = int(length.max()) if len(length) else 0
@@ -96,7 +109,8 @@ def shared(batch: Mapping[str, Tensor], price: float = 0.0) -> Tensor:
     computes in vain, because it skips the upper triangle of whole rows and not of continuations. `price` is the cost of a
     token outside of attention in scores; 0 shares whatever there is to share.
     """
-    rows = padded(batch)
+    batch = on_host(batch)
+    rows = aligned(batch)
     length, group = rows.attend.sum(1), index_of(batch)
     groups = int(group.max()) + 1 if len(group) else 0
     number = torch.arange(len(group), device=group.device)
@@ -123,9 +137,9 @@ def summed(x: Tensor, group: Tensor, groups: int) -> Tensor:
 
 def packed(batch: Mapping[str, Tensor], price: float = 0.0) -> Packed:
     """The batch as one sequence of real tokens. The layout is made on the CPU and moved to where the batch is."""
-    device = batch["tokens"].device
+    device, batch = batch["tokens"].device, on_host(batch)
     batch = {name: batch[name].cpu() for name in ("tokens", "attend", "group")}
-    rows, common = padded(batch), shared(batch, price)
+    rows, common = aligned(batch), shared(batch, price)
     length, group = rows.attend.sum(1), index_of(batch)
     leads: dict[int, int] = {}                                # group -> its first row, whose beginning serves all
     for n, (g, P) in enumerate(zip(group.tolist(), common.tolist(), strict=True)):
@@ -210,14 +224,14 @@ def rectangles(heights: Sequence[int], widths: Sequence[int]) -> Iterator[slice]
         yield slice(start, len(heights))
 
 
-def moved(layout: Packed, device) -> Packed:
+def moved(layout: Padded | Packed, device) -> Padded | Packed:
     """The layout on a device; from the CPU to a GPU without waiting for it."""
-    if device.type == "cpu":
+    if layout.tokens.device == device:
         return layout
 
     def there(one):
         if isinstance(one, Tensor):
-            return one.pin_memory().to(device, non_blocking=True)
+            return (one.pin_memory() if device.type == "cuda" and one.is_cpu else one).to(device, non_blocking=True)
         if isinstance(one, tuple):
             return tuple(there(x) for x in one)
         return replace(one, **{f.name: there(getattr(one, f.name)) for f in fields(one)}) if is_dataclass(one) else one

@@ -15,11 +15,13 @@ import torch
 
 from prefopt.config import Run
 from prefopt.forward import frozen_models, needs_critic
-from prefopt.head import CHUNK_BYTES
+from prefopt.head import CHUNK_BYTES, ONE, TWO
+from prefopt.layout import why_padded
 from prefopt.models import DTYPES, LANGUAGE, Head, head_of
 
 LENGTH = 67                                                   # of the trial sequence; recognises (T, T) tensors
-HEAD = 4                                                      # tensors of one chunk of logits alive in backward
+HEAD = 2                                                      # tensors of one chunk of logits alive at once; others take
+OTHERS = 4                                                    # as many where other reducers than logp and entropy are read
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Size:
     width: int
     vocabulary: int
     itemsize: int
+    plain: str | None                                         # why its rows are not packed
 
 
 def size(config, *, dtype: str = "float32", lora: dict | None = None, head: Head = LANGUAGE) -> Size:
@@ -57,6 +60,7 @@ def size(config, *, dtype: str = "float32", lora: dict | None = None, head: Head
         model = auto.from_config(config, dtype=DTYPES[dtype]).eval()
         parameters = trains = list(model.parameters())
         kept = saved(lambda: model.base_model(input_ids=torch.zeros(1, LENGTH, dtype=torch.long)), parameters) / LENGTH
+        plain = why_padded(model.base_model, config.get_text_config())
     if lora is not None:                                      # which keeps about the same activations
         from peft import LoraConfig, get_peft_model
         with torch.device("meta"):
@@ -67,7 +71,7 @@ def size(config, *, dtype: str = "float32", lora: dict | None = None, head: Head
     text = config.get_text_config()
     return Size(sum(p.numel() for p in parameters), sum(p.numel() for p in trains), sum(p.nbytes for p in parameters),
                 sum(p.nbytes for p in trains), kept, kept / text.num_hidden_layers, text.num_hidden_layers,
-                text.hidden_size, text.vocab_size, DTYPES[dtype].itemsize)
+                text.hidden_size, text.vocab_size, DTYPES[dtype].itemsize, plain)
 
 
 def saved(call: Callable, parameters: list) -> int:
@@ -129,7 +133,8 @@ def estimate(run: Run, config, *, tokens: int, reference_config=None) -> dict[st
                                    if policy.gradient_checkpointing else acts.activations)
     if head is LANGUAGE:
         logits = min(max(CHUNK_BYTES, 64 * own.vocabulary), 4 * tokens * own.vocabulary)
-        out["logits, a chunk at a time"] = HEAD * logits * (2 if "token_kl" in reads else 1)
+        others = reads & {*ONE, *TWO} - {"logp", "entropy"}
+        out["logits, a chunk at a time"] = (OTHERS if others else HEAD) * logits * (2 if "token_kl" in reads else 1)
     if "states_ref" in reads:
         out["hidden states of the reference"] = tokens * own.layers * own.width * 4 * 2
     return out
@@ -152,6 +157,14 @@ def _share(model: Size, run: Run) -> float:
         return 1.0
     processes = int(os.environ.get("WORLD_SIZE", 0)) or torch.cuda.device_count() or 1
     return (_whole(model) + (model.parameters - _whole(model)) / processes) / model.parameters
+
+
+def capacity(device: str | None) -> int:
+    """Bytes of the device that training will use, free or not."""
+    if torch.cuda.is_available() and device != "cpu":
+        return torch.cuda.mem_get_info()[1]
+    import psutil
+    return psutil.virtual_memory().total
 
 
 def available(device: str | None) -> int:

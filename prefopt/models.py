@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.columns import nearest
-from prefopt.layout import Layout, Packed, packed, padded, register, why_padded, window
+from prefopt.layout import PRICE, Layout, Packed, on_host, packed, padded, register, why_padded, window
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,14 @@ class Trunk:
     The halves are checked once against the model's own logits, so that soft-capping, logit scales and other things that
     a model does between them are either reproduced or refused. Language models are causal; a reward model may also be an
     encoder, which is found by trying. Rows are packed where the model allows it; `plain` says why they are not. `calls`
-    counts tokens (padding included) and forwards of the body, and positions through the head, which backward passes
-    through it once more; and the tokens that the padded layout would have had.
+    counts tokens (padding included) and forwards of the body, how many of the tokens with a gradient, and how many there
+    would have been in a rectangle of padded rows; and positions through the head, backward's included.
     """
     model: nn.Module
     temperature: float = 1.0                                  # logits are divided by it, as they are when sampling
     packing: bool = True
-    calls: dict = field(default_factory=lambda: {"tokens": 0, "forwards": 0, "positions": 0, "rectangle": 0})
+    calls: dict = field(default_factory=lambda: {"tokens": 0, "forwards": 0, "positions": 0, "rectangle": 0,
+                                               "trained": 0})
 
     def __post_init__(self):
         base = self.model.get_base_model() if is_peft(self.model) else self.model
@@ -84,11 +85,12 @@ class Trunk:
         self.cap = getattr(config, "final_logit_softcapping", None) if self.language else None
         self.scale = (getattr(config, "logit_scale", None) or 1.0) if self.language else 1.0
         self.scale /= (getattr(config, "logits_scaling", None) or 1.0) if self.language else 1.0
+        self.output_size = sum(p.numel() for p in self.output.parameters())
         self.tokenwise, self.causal = "TokenClassification" in self.name, True
         self.vocabulary, self.layer_count, self.width = (config.vocab_size, config.num_hidden_layers, config.hidden_size)
         self.plain = None if self.packing else "train.packing is off"
         self.plain = self.plain or why_padded(self.body, config)
-        self.window, self.price = window(config), 6.0 * self.width      # 12 D^2 weights a layer, 2 D of them one score
+        self.window, self.price = window(config), PRICE * self.width
         self.config, self.checked = config, False
 
     def __call__(self, layout: Layout) -> Tensor:
@@ -105,6 +107,7 @@ class Trunk:
         self.calls["tokens"] += layout.tokens.numel()
         self.calls["forwards"] += 1
         self.calls["rectangle"] += layout.rectangle
+        self.calls["trained"] += layout.tokens.numel() * torch.is_grad_enabled()
         if isinstance(layout, Packed):
             ready = layout.tokens.new_ones(1, 1, 1, 1, dtype=torch.bool)                  # keeps the model from making a mask
             return self.body(input_ids=layout.tokens, position_ids=layout.position, attention_mask=ready, layout=layout,
@@ -133,8 +136,9 @@ class Trunk:
     def packs(self, batch: Mapping[str, Tensor]) -> bool:
         if not self.checked:
             self.check(padded(batch).tokens)
-        longest = int(batch["attend"].sum(1).max()) if self.window and len(batch["attend"]) else 0
-        return not self.plain and (not longest or longest <= self.window)
+        if self.plain or not self.window:
+            return not self.plain
+        return int(on_host(batch)["attend"].sum(1).max()) <= self.window
 
     def head(self, hidden: Tensor) -> Tensor:
         """(M, D) -> logits (M, V) over the temperature."""

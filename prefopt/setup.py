@@ -84,7 +84,8 @@ def load_models(run: Run, objective, tokenizer, checkpoint: Path | None, device,
     if run.train.shard:
         for model in filter(None, (policy, reference, critic)):
             shard(model, device)
-    models = Models(policy, reference, tokenizer, critic, run.rollout.temperature if run.rollout else 1.0, run.train.shard)
+    models = Models(policy, reference, tokenizer, critic, run.rollout.temperature if run.rollout else 1.0, run.train.shard,
+                    run.train.packing)
     for module in objective.modules():
         module.setup(layers=models.policy_model().layer_count, width=models.policy_model().width)
         module.to(device)
@@ -94,7 +95,7 @@ def load_models(run: Run, objective, tokenizer, checkpoint: Path | None, device,
 def load_reference(run: Run, device) -> Models:
     """The reference alone, in both roles."""
     reference = load_policy(**folder.frozen_policy(run).model_dump()).requires_grad_(False).eval().to(device)
-    return Models(reference, reference)
+    return Models(reference, reference, packing=run.train.packing)
 
 
 def load_critic(run: Run, checkpoint: Path | None, device):

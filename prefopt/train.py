@@ -24,22 +24,25 @@ from data_tools.batch import Batch
 from prefopt import checkpoints, folder, online, setup
 from prefopt.config import Run, met
 from prefopt.diagnose import combined
-from prefopt.forward import fill, forward
+from prefopt.forward import fill, forward, pieces
 from prefopt.held_out import evaluate, evaluating, judge
 from prefopt.models import Models
 from prefopt.ops import processes, total
 from prefopt.setup import load_models, load_reference, optimization, seed, source_of
-from prefopt.sharding import clip, evened
+from prefopt.sharding import clip
+from prefopt.speed import Meter
 
 
 @dataclass(frozen=True)
 class Result:
-    """Where a run ended: last metrics (training and evaluation), the steps it took, its folder, and unmet expectations."""
+    """Where a run ended: last metrics (training and evaluation), the steps it took, its folder, unmet expectations, and how fast
+    it was."""
     metrics: dict[str, float]
     steps: int
     out: Path
     failed: tuple[str, ...] = ()
     stopped: str = ""
+    speed: str = ""
 
 
 def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable | None = None) -> Result:
@@ -93,7 +96,7 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
 
     update, batches, interrupted = run.update_rule(), iter(source), False
     gradients = Gradients(run, models, objective, accelerator, optimizer)
-    parameters = gradients.parameters
+    parameters, meter = gradients.parameters, Meter(models, accelerator.device)
     frozen = reads - ({"logp_now", "logp_old"} if run.rollout and online.at_once(run, objective) else {"logp_now"})
     sizes = dict(tokens=settings.tokens, whole_groups=objective.whole_groups)
     visible = show and accelerator.is_main_process
@@ -138,7 +141,7 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
                 line = {"step": step, "epoch": step / source.steps_per_epoch, "lr": lr, **values}
                 folder.log(accelerator, out, line, step)
             tokens = int(total(batch["attend"].sum()))
-            folder.timing(accelerator, out, step, tokens, time.perf_counter() - started)
+            folder.timing(accelerator, out, step, meter.step(tokens, time.perf_counter() - started))
             if held_out is not None and (step == steps or settings.eval_every and step % settings.eval_every == 0):
                 values = online.evaluate(run, held_out, engine, score, models, accelerator, step) if run.rollout else \
                     evaluate(models, objective, held_out, run, accelerator)
@@ -162,8 +165,9 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
     if run.log:
         accelerator.end_training()
     if not finished:
-        return Result(progress["last"], progress["step"], out, stopped="interrupted")
-    return Result(progress["last"], progress["step"], out, tuple(unmet(run.expect, progress["last"])), progress["stopped"])
+        return Result(progress["last"], progress["step"], out, (), "interrupted", meter.summary())
+    failed = tuple(unmet(run.expect, progress["last"]))
+    return Result(progress["last"], progress["step"], out, failed, progress["stopped"], meter.summary())
 
 
 # ---------------------------------------------------------------------------------------------------------- one step
@@ -192,9 +196,8 @@ class Gradients:
         """Leaves the gradient in the parameters, summed over micro-batches and processes and clipped; metrics come back."""
         run, models, accelerator, sums = self.run, self.models, self.accelerator, {}
         reads = self.objective.reads() | ({"entropy"} if logs and run.rollout else set())
-        pieces = part.microbatches(run.train.tokens, self.objective.whole_groups)
         self.optimizer.zero_grad()
-        for micro, counts in evened(pieces, models.sharded, accelerator.device):
+        for (_, micro), counts in pieces(models, part, run.train.tokens, self.objective.whole_groups):
             with accelerator.autocast():
                 micro = forward(models, micro, reads)
             loss = self.objective.loss(micro)
@@ -249,7 +252,7 @@ def check_finite(metrics: Mapping[str, float], step: int, out: Path, *, scaled: 
 @torch.no_grad()
 def check_start(models: Models, objective, batch: Batch, run: Run, accelerator) -> None:
     """At the first step the policy is the reference, so the loss must be the recipe's constant. Anything else is a bug."""
-    micro = next(batch.microbatches(run.train.tokens, objective.whole_groups))
+    (_, micro), _ = next(pieces(models, batch, run.train.tokens, objective.whole_groups))
     with evaluating(*objective.modules()):                    # their dropout is no mistake
         with accelerator.autocast():
             micro = forward(models, micro, objective.reads())

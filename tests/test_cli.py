@@ -277,7 +277,7 @@ def test_check_of_one_thing(raw, place, changes, examine, level, said, monkeypat
 
 @pytest.mark.parametrize("changes, topic, level, said", [
     ({"data": {"train": "pairs.jsonl", "max_length": 4}}, "encoding", "warning", "max_length=4"),
-    ({"train": {"tokens": 4}}, "encoding", "error", "raise train.tokens to at least"),
+    ({"train": {"tokens": 4}}, "memory", "error", "raise train.tokens to at least"),
     ({"train": {"groups_per_step": 100}}, "steps", "warning", "there are 6 groups"),
     ({"data": {"train": "pairs.jsonl", "eval": "pairs.jsonl"}}, "data.eval", "warning", "6 of 6 held-out prompts"),
     ({"expect": {"acuracy": "> 0"}}, "metrics", "error", "not measured by this run, did you mean 'accuracy'"),

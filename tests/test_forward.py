@@ -332,9 +332,10 @@ def test_counts_of_tokens_and_positions():
         models, b = Models(tiny(), packing=packing), batch(ROWS, left=4, right=3)
         calls = models.policy_model().calls
         loss = forward(models, b, {"logp", "entropy"}, chunk=4)["logp"].sum()
-        assert calls == {"tokens": tokens, "forwards": 1, "positions": 4 + 2 + 6 + 1, "rectangle": 4 * 8}
+        assert calls == {"tokens": tokens, "forwards": 1, "positions": 4 + 2 + 6 + 1, "rectangle": 4 * 8,
+                         "trained": tokens}
         loss.backward()
-        assert calls == {"tokens": tokens, "forwards": 1, "positions": 2 * 13, "rectangle": 4 * 8}
+        assert calls == {"tokens": tokens, "forwards": 1, "positions": 2 * 13, "rectangle": 4 * 8, "trained": tokens}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -8,7 +8,7 @@ from torch import nn
 
 from data_tools.batch import Batch
 from prefopt import recipes
-from prefopt.forward import fill, forward, frozen_models, needs_critic
+from prefopt.forward import fill, forward, frozen_models, needs_critic, pieces
 from prefopt.models import Head, Models, head_of
 
 CRITIC = Head("AutoModelForTokenClassification", "TOKEN_CLS", 1)
@@ -151,3 +151,26 @@ def test_adapters_off_equal_a_separate_reference(name):
     one, two = trained(name, Models(policy), split=True), trained(name, Models(policy, base))
     assert one[0] == pytest.approx(two[0], abs=1e-10)
     same(one[1], two[1])
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.__all__ if name != "ordinal"])                # which checks its grades
+def test_no_micro_batch_waits_for_the_device(name):
+    """On a device without numbers nothing can be read back: making micro-batches, forward, loss and backward ask it nothing."""
+    models, objective = policies(name), recipes.find(name)()
+    for module in objective.modules():
+        module.setup(layers=models.policy_model().layer_count, width=models.policy_model().width)
+        module.double()
+    reads = objective.reads()
+    whole, other = preferences(reads) if objective.whole_groups else (sampled(reads), None)
+    whole = objective.annotate(fill(models, whole, reads, other=other))
+    forward(models, whole, reads)                             # the checks of the first batch are done
+    for module in filter(None, (models.policy, models.reference, models.critic, *objective.modules())):
+        module.to("meta")
+    away = whole.to("meta")
+    assert away["tokens"].is_meta and away.host["tokens"].equal(whole["tokens"])
+    count, largest = 0, int(torch.zeros(whole.groups).long().index_add(0, whole.index, whole["attend"].sum(1)).max())
+    for (_, micro), _ in pieces(models, away, largest, objective.whole_groups):
+        loss = objective.loss(forward(models, micro, reads, chunk=7))
+        torch.autograd.backward(loss.value)
+        count += 1
+    assert count > 1 and loss.value.is_meta and any(p.grad is not None for p in models.policy.parameters())
