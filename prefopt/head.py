@@ -18,7 +18,7 @@ from prefopt.ops import upcast
 
 __all__ = ["CHUNK_BYTES", "ONE", "TWO", "reduced", "reducers"]
 
-CHUNK_BYTES = 64 * 2**20                                      # float32 logits of one chunk
+CHUNK_BYTES = 256 * 2**20                                     # float32 logits of one chunk
 
 
 # ------------------------------------------------------------------------------------------------------------- reducers
@@ -111,45 +111,39 @@ class Projected(torch.autograd.Function):
 
     d log p_t / d z_v = [v = t] - p_v;   d H / d z_v = -p_v (log p_v + H)
 
-    Log-probabilities are kept for backward where one chunk holds them all, else computed again. The gradient of the head is
-    summed in float32 or better.
+    Chunks of logits share one block of memory. Where it holds all of them it is kept for backward, else they are computed
+    again. The gradient of the head is summed in float32 or better.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, token, trunk, wants_entropy, parts, differentiable):
         device = hidden.device.type
         low = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        ctx.kind = torch.get_autocast_dtype(device) if low else hidden.dtype
-        ctx.precision = torch.autocast(device, ctx.kind) if low else nullcontext()
-        found, entropies, ctx.kept = [], [], None
-        for part in parts:
-            log_p, log_z = log_probabilities(trunk, hidden[part])
-            found.append(log_p.gather(-1, token[part, None]).squeeze(-1))
-            entropies.append(-log_p.exp().mul_(log_p).sum(-1) if wants_entropy else found[-1])
-        if differentiable and len(parts) == 1:
-            ctx.kept = log_p, log_z
-        H = torch.cat(entropies)
-        ctx.save_for_backward(hidden, weight, bias, token, H)
         ctx.trunk, ctx.parts, ctx.wants_entropy = trunk, parts, wants_entropy
-        return torch.cat(found), H if wants_entropy else None
+        ctx.kind = torch.get_autocast_dtype(device) if low else hidden.dtype
+        w, block, made = weight.to(ctx.kind), None, []
+        with torch.autocast(device, enabled=False) if low else nullcontext():
+            for part in parts:
+                block = logits(trunk, hidden[part].to(ctx.kind), w, bias, block)
+                made.append(summed_up(block, token[part], wants_entropy, keep=differentiable and len(parts) == 1))
+        log_p, log_z, entropy = (torch.cat(x) for x in zip(*made, strict=True))
+        ctx.kept = block if differentiable and len(parts) == 1 else None
+        ctx.save_for_backward(hidden, weight, bias, token, log_z, entropy)
+        return log_p, entropy if wants_entropy else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_logp, g_entropy):
-        hidden, weight, bias, token, H = ctx.saved_tensors
-        trunk, wants = ctx.trunk, ctx.needs_input_grad
+        hidden, weight, bias, token, log_z, entropy = ctx.saved_tensors
+        wants, w, block = ctx.needs_input_grad, weight.to(ctx.kind), None
         d_hidden = torch.empty_like(hidden) if wants[0] else None
         d_weight = torch.zeros_like(weight, dtype=upcast(weight[:0]).dtype) if wants[1] else None
         d_bias = torch.zeros_like(bias, dtype=upcast(bias[:0]).dtype) if wants[2] else None
-        w = None
         for part in ctx.parts:
-            made, ctx.kept = ctx.kept, None
-            if made is None:
-                with ctx.precision:
-                    made = log_probabilities(trunk, hidden[part])
-            d = d_logits(trunk, *made, token[part], g_logp[part], H[part], g_entropy[part] if ctx.wants_entropy else None)
-            del made
-            d, h, w = d.to(ctx.kind), hidden[part].to(ctx.kind), weight.to(ctx.kind) if w is None else w
+            h = hidden[part].to(ctx.kind)
+            block, ctx.kept = (logits(ctx.trunk, h, w, bias, block), None) if ctx.kept is None else (ctx.kept, None)
+            d = d_product(ctx.trunk, block, token[part], log_z[part], g_logp[part],
+                          *(g_entropy[part], entropy[part]) if ctx.wants_entropy else (None, None)).to(ctx.kind)
             if wants[0]:
                 d_hidden[part] = d @ w
             if wants[1]:
@@ -160,25 +154,54 @@ class Projected(torch.autograd.Function):
                 d_bias if d_bias is None else d_bias.to(bias.dtype), *[None] * 5)
 
 
-@torch.no_grad()
-def log_probabilities(trunk: Trunk, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """log p (M, V) in float32 or better, in memory of its own, and log Z (M, 1)."""
-    z = upcast(trunk.head(hidden))
-    log_z = z.logsumexp(-1, keepdim=True)
-    return z.sub_(log_z), log_z
-
-
-def d_logits(trunk: Trunk, log_p: Tensor, log_z: Tensor, token: Tensor, g_logp: Tensor, H: Tensor,
-             g_entropy: Tensor | None) -> Tensor:
-    """Gradient of the product W h + b, in the memory of `log_p`; the entropy and a cap take as much once more."""
-    slope = trunk.scale / trunk.temperature
+def logits(trunk: Trunk, hidden: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor | None) -> Tensor:
+    """z (m, V) in float32 or better, written into the beginning of `block` where there is one of its kind."""
+    trunk.calls["positions"] += len(hidden)
+    direct = weight.dtype == upcast(weight[:0]).dtype
+    z = torch.mm(hidden, weight.T, out=block[:len(hidden)]) if block is not None and direct else upcast(hidden @ weight.T)
+    if bias is not None:
+        z.add_(bias)
+    if trunk.scale != 1:
+        z.mul_(trunk.scale)
     if trunk.cap:
-        slope = 1 - ((log_p + log_z) * (trunk.temperature / trunk.cap)).square_()
-        slope = slope.mul_(trunk.scale / trunk.temperature)
-    if g_entropy is None:
-        d = log_p.exp_().mul_(-g_logp[:, None])
-    else:
-        p = log_p.exp()
-        d = log_p.add_(H[:, None]).mul_(-g_entropy[:, None]).sub_(g_logp[:, None]).mul_(p)
-    d.scatter_add_(1, token[:, None], g_logp[:, None])
-    return d.mul_(slope)
+        z.div_(trunk.cap).tanh_().mul_(trunk.cap)
+    return z.div_(trunk.temperature) if trunk.temperature != 1 else z
+
+
+ROWS = 16                                                     # of logits that are worked on at once: they fit into a cache
+
+
+def summed_up(z: Tensor, token: Tensor, wants_entropy: bool, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """log p_t, log Z and H (zeros where it is not wanted) of logits, each (m). Without `keep` the logits are spent."""
+    found = []
+    for rows, t in zip(z.split(ROWS), token.split(ROWS), strict=True) if z.is_cpu else [(z, token)]:
+        largest, chosen = rows.amax(-1, keepdim=True), rows.gather(-1, t[:, None]).squeeze(-1)
+        e = torch.sub(rows, largest).exp_() if keep or wants_entropy else rows.sub_(largest).exp_()
+        total = e.sum(-1)
+        log_z = total.log() + largest.squeeze(-1)
+        found.append((chosen - log_z, log_z,
+                      log_z - torch.linalg.vecdot(e, rows) / total if wants_entropy else torch.zeros_like(total)))
+    return tuple(torch.cat(x) for x in zip(*found, strict=True))
+
+
+def d_product(trunk: Trunk, z: Tensor, token: Tensor, log_z: Tensor, g_logp: Tensor, g_entropy: Tensor | None,
+              entropy: Tensor | None) -> Tensor:
+    """Gradient of the product W h + b, in the memory of the logits z."""
+    def rows(z, token, log_z, g_logp, g_entropy=None, entropy=None):
+        slope = trunk.scale / trunk.temperature
+        if trunk.cap:
+            slope = slope * (1 - (z * (trunk.temperature / trunk.cap)).square_())
+        z.sub_(log_z[:, None])
+        if g_entropy is None:
+            z.exp_().mul_(-g_logp[:, None])
+        else:
+            p = z.exp()
+            z.add_(entropy[:, None]).mul_(-g_entropy[:, None]).sub_(g_logp[:, None]).mul_(p)
+        z.scatter_add_(1, token[:, None], g_logp[:, None])
+        if trunk.cap or slope != 1:
+            z.mul_(slope)
+
+    columns = [x for x in (z, token, log_z, g_logp, g_entropy, entropy) if x is not None]
+    for some in zip(*(x.split(ROWS) for x in columns), strict=True) if z.is_cpu else [columns]:
+        rows(*some)
+    return z

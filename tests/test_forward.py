@@ -354,15 +354,15 @@ def test_no_tensor_of_all_tokens_and_the_vocabulary(family):
 
 
 def test_the_default_chunk_is_bounded_in_bytes():
-    """64 MiB of float32: 2^24 / vocabulary positions, and never fewer than 16."""
+    """256 MiB of float32: 2^26 / vocabulary positions, and never fewer than 16."""
     seen = []
 
     def head(h):
         seen.append(len(h))
         return h.expand(-1, 4)
 
-    reduced(torch.zeros(300, 1), torch.zeros(300).long(), head, ["logp"], vocabulary=2**17)
-    assert seen == [128, 128, 44]
+    reduced(torch.zeros(1200, 1), torch.zeros(1200).long(), head, ["logp"], vocabulary=2**17)
+    assert seen == [512, 512, 176]
     seen.clear()
     reduced(torch.zeros(40, 1), torch.zeros(40).long(), head, ["logp"], vocabulary=2**30)
     assert seen == [16, 16, 8]

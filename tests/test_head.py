@@ -160,7 +160,7 @@ def test_no_tensor_larger_than_a_chunk_or_the_head():
 
 
 def test_chunks():
-    assert [s.start for s in chunks(300, 2 ** 17, None)] == [0, 128, 256] and CHUNK_BYTES == 4 * 128 * 2 ** 17
+    assert [s.start for s in chunks(1100, 2 ** 17, None)] == [0, 512, 1024] and CHUNK_BYTES == 4 * 512 * 2 ** 17
     assert [s.start for s in chunks(40, 2 ** 30, None)] == [0, 16, 32] and chunks(0, 10, None) == []
 
 
