@@ -133,19 +133,21 @@ class Batch(Mapping):
         full, rest = divmod(self.groups, groups)
         return self.split([groups] * full + [rest] * (rest > 0))
 
-    def microbatches(self, tokens: int | None = None, whole_groups: bool = True, shared: Tensor | None = None) -> Iterator[Batch]:
+    def microbatches(self, tokens: int | None = None, whole_groups: bool = True, shared: Tensor | None = None,
+                     strict: bool = True) -> Iterator[Batch]:
         """Micro-batches of up to `tokens` real tokens; None gives one.
 
         Whole groups in order; or, where a loss needs no whole groups, rows of like length, so that hardly any padding is
         computed, without the columns that lead with B. With `shared` (N), the first tokens of each row that its group has in
         common and that count once for those of a group that are together, rows stay in order of their groups. A group (or
-        row) larger than the budget is an error that names the smallest budget that works.
+        row) larger than the budget is an error that names the smallest budget that works; where the budget is not `strict`
+        it is a micro-batch of its own.
         """
-        for _, part in self.pieces(tokens, whole_groups, shared):
+        for _, part in self.pieces(tokens, whole_groups, shared, strict):
             yield part
 
-    def pieces(self, tokens: int | None = None, whole_groups: bool = True,
-               shared: Tensor | None = None) -> Iterator[tuple[Tensor, Batch]]:
+    def pieces(self, tokens: int | None = None, whole_groups: bool = True, shared: Tensor | None = None,
+               strict: bool = True) -> Iterator[tuple[Tensor, Batch]]:
         """`microbatches`, each with the numbers of its rows in this batch."""
         if tokens is None:
             yield torch.arange(self.N), self
@@ -161,7 +163,7 @@ class Batch(Mapping):
             for n, g, P in zip(length, group, once, strict=True):
                 cost[g] += n - P if cost[g] else n
         largest = max(cost if whole_groups else length, default=0)
-        if largest > tokens:
+        if strict and largest > tokens:
             raise ValueError(f"a {'group' if whole_groups else 'response with its prompt'} of {largest} tokens does not fit "
                              f"the micro-batch budget of {tokens} tokens: raise train.tokens to at least {largest}, or "
                              f"truncate with data.max_length")

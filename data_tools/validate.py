@@ -22,7 +22,7 @@ def texts(group: Group) -> Iterator[Problem]:
     if _empty(group.prompt):
         yield "empty prompt", ("the prompt is empty; for chosen and rejected without a prompt: they share no beginning")
     for n, response in enumerate(group.responses, 1):
-        if _empty(response.text):
+        if _empty(response.text) and not response.tokens:     # a sampled one may be an end token alone
             yield "empty response", f"response {n} is empty"
         elif isinstance(response.text, list) and response.text[0].get("role") in ("user", "system"):
             yield "prompt not shared", (f"response {n} begins with a {response.text[0]['role']} turn, "

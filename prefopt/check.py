@@ -26,6 +26,7 @@ from prefopt.diagnose import EVALUATION_METRICS, combined
 from prefopt.doctor import OPTIONAL
 from prefopt.explain import UNBOUNDED, asks, departures_of, document
 from prefopt.findings import Finding, attempt, error, exists, ok, sentence, warning
+from prefopt.forward import suited
 from prefopt.layout import PRICE, packed, padded, shared
 from prefopt.models import head_of
 from prefopt.parts import kind
@@ -76,7 +77,7 @@ def on_policy(run: Run) -> Findings:
         if limit and longest > limit:
             yield error("policy", f"a prompt of {found[1]} tokens with rollout.max_new_tokens={run.rollout.max_new_tokens} is "
                                   f"longer than the model was made for ({limit})")
-        yield from attempt("memory", room, run, config, None, min(whole, t.tokens or whole))
+        yield from attempt("memory", room, run, config, None, min(whole, max(longest, budget(run))))
         yield ok("steps", f"{t.steps or max(1, round(-(-len(found[0]) // t.groups_per_step) * t.epochs)):,} steps of "
                           f"{t.groups_per_step} prompts, learning rate {t.lr:g}, {t.schedule}")
     yield from attempt("metrics", check_rollout.metrics, run)
@@ -328,7 +329,7 @@ def room(run: Run, config, batch: Batch | None, tokens: int | None = None) -> Fi
     if batch is not None:
         yield packing(batch, plain, price)
     if tokens is None:
-        tokens = t.tokens or 0 if batch is None else largest(batch, run, None if plain else shared(batch, price))
+        tokens = budget(run) if batch is None else largest(batch, run, None if plain else shared(batch, price))
     parts = memory.estimate(run, config, tokens=tokens)
     total, free, whole = sum(parts.values()), memory.available(t.device), memory.capacity(t.device)
     text = ", ".join(f"{what} {memory.gigabytes(count)}" for what, count in parts.items())
@@ -374,13 +375,16 @@ def packing(batch: Batch, plain: str | None, price: float) -> Finding:
 def largest(batch: Batch, run: Run, common: torch.Tensor | None) -> int:
     """Tokens of the largest micro-batch of a step, padding included, if all groups were like the longest one here. `common`
     counts the tokens that a row shares. An error where a group does not fit the budget."""
-    budget, lengths = run.train.tokens, batch["attend"].sum(1)
-    micro = list(batch.microbatches(budget, run.objective().whole_groups, common))
+    lengths, strict = batch["attend"].sum(1), run.train.tokens is not None
+    micro = list(batch.microbatches(budget(run), run.objective().whole_groups, common, strict))
     once = 0 if common is None else torch.where(batch.slot == 0, 0, common)
-    longest = int(torch.zeros(batch.groups, dtype=torch.long).index_add(0, batch.index, lengths - once).max())
-    longest *= run.train.groups_per_step
+    group = int(torch.zeros(batch.groups, dtype=torch.long).index_add(0, batch.index, lengths - once).max())
     padding = 1 if common is not None else max(m.N * int(m["attend"].sum(1).max()) / int(m["attend"].sum()) for m in micro)
-    return round(min(longest, budget or longest) * padding)
+    return round(min(group * run.train.groups_per_step, max(group, budget(run))) * padding)
+
+
+def budget(run: Run) -> int:
+    return run.train.tokens or suited("cuda" if torch.cuda.is_available() and run.train.device != "cpu" else "cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

@@ -43,7 +43,9 @@ def rewards(run: Run, found: online.Prompts) -> Findings:
     own = run.model_copy(update={"rollout": run.rollout.model_copy(update={"unscored": "mark"})})
     score = online.scorer(own)
     empty = Response("", tokens=[], meta={"finished": True, "stopped": "eos"})
-    groups = [Group(g.prompt, [replace(empty, meta=dict(empty.meta))], meta=dict(g.meta)) for g in found[:LOOK]]
+    trains = (True, True, False) if score.compares else (True,)                        # beside another, against an opponent
+    groups = [Group(g.prompt, [replace(empty, meta=dict(empty.meta), scores={}, train=t) for t in trains], meta=dict(g.meta))
+              for g in found[:LOOK]]
     for group in score(groups):
         for name, why in group.responses[0].meta.get("unscored", {}).items():
             level = error if run.rollout.unscored == "raise" else warning

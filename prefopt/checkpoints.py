@@ -25,13 +25,14 @@ from prefopt.sharding import collected, divided
 
 
 def write(folder: Path, *, model: nn.Module, tokenizer, optimizer, scheduler, source, objective, reference: list | None,
-          progress: dict, critic: nn.Module | None = None, scaler=None) -> None:
+          progress: dict, critic: nn.Module | None = None, scaler=None, average: list | None = None) -> None:
     """Write a checkpoint to `folder`, atomically. All processes call it, the first one writes."""
     tensors, plain = flat_optimizer(optimizer.state_dict())
     for i, module in enumerate(objective.modules()):
         tensors.update({f"module.{i}.{k}": v for k, v in module.state_dict().items()})
     if reference is not None:
         tensors.update({f"reference.{i}": t for i, t in enumerate(reference)})
+    tensors.update({f"average.{i}": t for i, t in enumerate(average or ())})
     if isinstance(objective.reference, Stateful):             # tensors that a rule remembers
         tensors.update({f"rule.{i}": t for i, t in enumerate(objective.reference.state_dict()["before"])})
     state = {"optimizer": plain, "scheduler": scheduler.state_dict(), "source": source.state_dict(),
@@ -115,7 +116,7 @@ def sync(path: Path) -> None:
 
 
 def read(folder: Path, *, optimizer, scheduler, source, objective, reference: list | None, critic=None,
-         scaler=None) -> dict:
+         scaler=None, average: list | None = None) -> dict:
     """Put everything but the models' weights back, and return the progress. The weights are in `folder / 'model'` and, of a
     critic, in `folder / 'critic'`."""
     state = json.loads((folder / "state.json").read_text())
@@ -136,10 +137,10 @@ def read(folder: Path, *, optimizer, scheduler, source, objective, reference: li
         like = reference or before
         objective.reference.load_state_dict({"before": [divided(t, r).to(r.device) for t, r in zip(before, like, strict=True)]
                                              if before else []})
-    if reference is not None:
-        with torch.no_grad():
-            for i, t in enumerate(reference):
-                t.copy_(divided(tensors[f"reference.{i}"], t))
+    with torch.no_grad():
+        for name, moved in (("reference", reference), ("average", average)):
+            for i, t in enumerate(moved or ()):
+                t.copy_(divided(tensors[f"{name}.{i}"], t))
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return state["progress"]

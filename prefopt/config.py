@@ -65,6 +65,8 @@ class Data(Settings):
     cache: str = "runs/cache"
     cache_reference: bool = False                             # reference log-probabilities once, on disk: no reference
                                                               # is kept in memory, and kl/ref is not measured
+    cache_start: bool = False                                 # those of the policy that the run starts from, as logp_old:
+                                                              # where it is the one that sampled the responses
 
     @model_validator(mode="after")
     def _limits(self):
@@ -122,7 +124,10 @@ class Rollout(Settings):
     stop: list[str] = []                                      # strings that end a response
     sampler: str | dict = "transformers"                      # or vllm, vllm_server
     batch: int = Field(64, ge=1)                              # responses that the transformers sampler makes together
-    program: str | dict | None = None                         # of several turns: module:name
+    program: str | dict | None = None                         # how responses come about: turns, opponents, module:name
+    against: Literal["opponents", "others", "everyone"] | None = None          # whom a comparison's rewards count wins against;
+                                                              # opponents where the program has some, else the other responses
+    payoff: Literal["mean_win", "mean_score"] = "mean_win"    # mean probability of winning, or mean log-odds
     order: str | dict = "shuffled"                            # of the prompts: a curriculum
     refill: int = Field(4, ge=1)                              # rounds of sampling where a recipe drops groups
     replay: Replayed | None = None
@@ -134,12 +139,24 @@ class Rollout(Settings):
     eval_k: int = Field(1, ge=1)                              # responses per held-out prompt
 
 
+class Iterate(Settings):
+    """Rounds of sampling from the policy, scoring (both as `rollout` says), selecting and training on what was selected."""
+    rounds: int = Field(3, ge=1)
+    prompts: int | None = Field(None, ge=1)                   # of a round, the next ones; all when left out
+    select: str | dict = "best_worst"                         # what of a group is trained on: prefopt.iterate, or module:name
+    labels: Literal["hard", "soft"] = "hard"                  # who has the higher reward, or wins as probabilities
+    reference: Literal["previous", "first"] = "previous"      # the policy that sampled, or the first one
+    momentum: float = Field(0.0, ge=0, lt=1)                  # of the solutions (APO): the next policy goes on by so much
+    accumulate: bool = False                                  # train on the rounds before as well
+
+
 class Train(Settings):
     """The loop. One batch number: groups per optimiser step; micro-batches are a budget of tokens."""
     epochs: float = Field(1.0, gt=0)                          # may be part of one
     steps: int | None = Field(None, ge=1)                     # overrides epochs
     groups_per_step: int = Field(64, ge=1)
-    tokens: int | None = Field(16384, ge=1)                   # of one micro-batch, what a group shares counted once
+    tokens: int | None = Field(None, ge=1)                    # of one micro-batch, what a group shares counted once; by default
+                                                              # 16,384 on a GPU, 2,048 on a CPU, and never less than a group
     packing: bool = True                                      # rows in one sequence without padding, prompts computed once per
                                                               # group, where the model allows it
     lr: float = Field(1e-6, gt=0)
@@ -175,6 +192,7 @@ class Run(Settings):
     tokenizer: str | None = None
     data: Data
     rollout: Rollout | None = None
+    iterate: Iterate | None = None
     train: Train = Train()
     update: str | dict = "plain"
     log: list[Literal["tensorboard", "wandb", "trackio"]] = []
@@ -190,6 +208,18 @@ class Run(Settings):
                 raise ValueError("policy and model are the same setting: give one of them")
             return {("policy" if k == "model" else k): v for k, v in raw.items()}
         return raw
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, raw):
+        """How the responses of games come about, unless it is said: it is part of the method."""
+        from prefopt.recipes.games import ITERATIONS, ROLLOUTS, UPDATES
+        if not (isinstance(raw, dict) and isinstance(raw.get("rollout"), dict)):
+            return raw
+        recipe, again = raw.get("recipe"), raw.get("iterate") is not None
+        usual = {} if again or raw["rollout"].get("recorded") else {"update": UPDATES.get(recipe, "plain")}
+        rounds = {"iterate": {**ITERATIONS.get(recipe, {}), **raw["iterate"]}} if isinstance(raw.get("iterate"), dict) else {}
+        return {**usual, **raw, "rollout": {**ROLLOUTS.get(recipe, {}), **raw["rollout"]}, **rounds}
 
     @field_validator("policy", "reference", "critic", mode="before")
     @classmethod
@@ -223,9 +253,8 @@ class Run(Settings):
                              f"set train.groups_per_step to at least 2")
         sampled(self, objective)
         sharded(self, objective)
-        if named(self.update)[0] == "look_ahead":
-            raise ValueError("update: look_ahead takes its second gradient on fresh samples of the policy one step ahead, which "
-                             "only games have so far (prefopt play): use extragradient, which takes it on the same samples")
+        looks_ahead(self)
+        iterated(self, objective)
         aspects = len(self.data.encoded().aspects)
         if "rewards" in objective.reads() and aspects != objective.outputs:
             raise ValueError(f"recipe {self.recipe!r} learns {objective.outputs} aspects, and data.encoding.aspects names "
@@ -250,10 +279,37 @@ class Run(Settings):
             if other in arguments:
                 raise ValueError(f"train.optimizer: {other} is not set here, but by "
                                  f"{'the policy' if other == 'params' else f'train.{other}'}")
+        if found in (parts.find("AdamW", "torch.optim"), parts.find("Adam", "torch.optim")) and not self.train.shard:
+            arguments = {"fused": True, **arguments}          # one kernel a step; whole and divided tensors do not mix in it
         return partial(found, lr=self.train.lr, **parts.checked(name, found, arguments))
 
     def update_rule(self):
         return parts.from_spec(self.update, "prefopt.update")
+
+    def program(self):
+        """How responses come about."""
+        from prefopt.rollout import programs
+        return programs.named(self.rollout.program or "single")
+
+    def against(self) -> str:
+        """Whom rewards of a comparison count wins against."""
+        from prefopt.rollout.programs import Against
+        return self.rollout.against or ("opponents" if isinstance(self.program(), Against) else "others")
+
+
+def looks_ahead(run: Run) -> None:
+    """An error where the update rule needs opponents of the policy one step ahead, and the run has none to draw."""
+    from prefopt.rollout.programs import Against
+    roll = run.rollout
+    if named(run.update)[0] != "look_ahead":
+        return
+    if roll is None or roll.recorded or not isinstance(run.program(), Against):
+        raise ValueError("update: look_ahead takes its second gradient against opponents of the policy one step ahead, and this "
+                         "run samples none: set rollout.program: against_policy, or take extragradient, which takes it "
+                         "on the same samples")
+    if roll.mix or roll.replay or roll.epochs > 1 or roll.samples_per_update not in (None, run.train.groups_per_step * roll.k):
+        raise ValueError("update: look_ahead draws the opponents of all groups anew for every gradient: leave rollout.mix, "
+                         "replay, epochs and samples_per_update out, so that a step is one update on fresh samples")
 
 
 def sampled(run: Run, objective) -> None:
@@ -270,7 +326,8 @@ def sampled(run: Run, objective) -> None:
         raise ValueError(f"rollout.sampler: there is no sampler {sampler!r}{nearest(sampler, known)}; samplers: "
                          f"{', '.join(known)}, or 'module:name'")
     parts.find(named(roll.order)[0], "prefopt.rollout.orders")
-    if {"mismatched", "online"} & objective.reads():
+    playable(run)
+    if run.iterate is None and {"mismatched", "online"} & objective.reads():
         raise ValueError(f"recipe {name!r} needs other rows than the sampled ones, which rollout does not make: leave rollout "
                          f"out, or take dpo or another recipe of pairs or lists")
     least = objective.least_responses() if policy else 2
@@ -292,6 +349,37 @@ def sampled(run: Run, objective) -> None:
     if run.data.cache_reference:
         raise ValueError("no cache can hold log-probabilities of responses sampled in training: set data.cache_reference to "
                          "false")
+
+
+def iterated(run: Run, objective) -> None:
+    """An error where rounds of sampling and training cannot work."""
+    if run.iterate is None:
+        return
+    from prefopt.iterate import rule, training
+    if run.rollout is None or run.rollout.recorded:
+        raise ValueError("iterate samples responses and scores them: give a block rollout, for instance rollout: {k: 8, rewards: "
+                         "[final_answer]}, and prompts as data.train")
+    if not objective.whole_groups or objective.outputs:
+        raise ValueError(f"iterate trains policies on data, and recipe {run.recipe!r} "
+                         f"{'trains a reward model' if objective.outputs else 'samples in training'}: take dpo, inpo, dno, sppo "
+                         f"or another preference recipe, or leave iterate out")
+    if objective.reference.moves:
+        raise ValueError(f"the rounds of iterate move the reference, and recipe {run.recipe!r} moves it as well: take a recipe "
+                         f"whose reference stays, such as dpo, with iterate.reference and iterate.momentum")
+    if run.iterate.momentum and (run.policy.lora or run.policy.quantize):
+        raise ValueError("iterate.momentum extrapolates weights, and those of adapters are factors of what they add: set it to "
+                         "0, or train the weights themselves (leave policy.lora and policy.quantize out)")
+    rule(run.iterate.select), training(run, 1)
+
+
+def playable(run: Run) -> None:
+    """An error where the run's program lets others speak than the policy, and its sampler holds the policy alone."""
+    from prefopt.rollout.programs import roles_of
+    roll, roles = run.rollout, roles_of(run.program())
+    if roles and named(roll.sampler)[0] in ("vllm", "vllm_server") and not roll.recorded:
+        raise ValueError(f"rollout.program: {named(roll.program)[0]} lets the {' and '.join(sorted(roles))} speak, and vLLM "
+                         f"holds the policy alone: set rollout.sampler: transformers, or let the policy speak alone with "
+                         f"rollout.program: against_policy or single")
 
 
 def sharded(run: Run, objective) -> None:

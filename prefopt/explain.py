@@ -24,6 +24,7 @@ from prefopt.objectives import PreferenceObjective, Term
 from prefopt.online import at_once, update_count
 from prefopt.parts import columns_read, to_spec
 from prefopt.policy import Penalty, PolicyObjective
+from prefopt.recipes.games import ITERATIONS, ROLLOUTS, UPDATES
 from prefopt.reductions import group_mean
 from prefopt.rehearsal import example, rehearse
 
@@ -239,7 +240,7 @@ def plan(run: Run) -> dict[str, str]:
                      f"({t.schedule})",
            "rollout": rollout_of(run), "rewards": rewards_of(run),
            "each step": "; ".join([*(p for p in passes(objective) if p not in idle),
-                                   f"in micro-batches of up to {t.tokens:,} tokens" if t.tokens else "in one micro-batch"]),
+                                   f"in micro-batches {f'of up to {t.tokens:,} tokens' if t.tokens else 'that suit the device'}"]),
            "results": run.out}
     if not objective.bounded:
         out["careful"] = UNBOUNDED
@@ -251,6 +252,11 @@ def rollout_of(run: Run) -> str:
     roll = run.rollout
     if roll is None:
         return ""
+    if run.iterate:
+        it = run.iterate
+        return (f"{it.rounds} rounds of {f'{it.prompts:,}' if it.prompts else 'all'} prompts x {roll.k} responses, of which "
+                f"{spelt(it.select)} is trained on against the {it.reference} policy"
+                + (f", momentum {it.momentum:g}" if it.momentum else ""))
     samples, updates = run.train.groups_per_step * roll.k, update_count(run)
     how = f"temperature {roll.temperature:g}" + (f", top_p {roll.top_p:g}" if roll.top_p < 1 else "") \
         + (f", top_k {roll.top_k}" if roll.top_k else "")
@@ -311,7 +317,7 @@ def recipe_page(name: str, departures: Mapping[str, object] = {}) -> Page:
               for slot, text in slots(own).items() if text and slot not in idle]
     data = [("takes", "; ".join(takes(here)) or "groups of a special make, see above"),
             *([("per step", "at least two groups (train.groups_per_step)")] if "mismatched" in own.reads() else []),
-            *((f"needs {c}", text) for c, text in asks(own).items())]
+            *((f"needs {c}", text) for c, text in asks(own).items()), *usual(name)]
     notes = dict(doc.notes)
     if not own.bounded:
         notes["Unbounded"] = UNBOUNDED
@@ -323,6 +329,19 @@ def recipe_page(name: str, departures: Mapping[str, object] = {}) -> Page:
         "Columns it reads": [(c, origin(c), COLUMNS[c].meaning) for c in sorted(own.reads())],
         "Models it loads": list(models(own).items()), "Every optimiser step runs": [(p,) for p in passes(own)],
         "Data": data, "Notes": list(notes.items())})
+
+
+def usual(name: str) -> list[tuple[str, str]]:
+    """What a run file of the recipe says without saying it: where responses are sampled, and in rounds.
+
+    >>> usual("nash_ema")
+    [('on its own samples', 'rollout.program: against_average (follow 0.1)')]
+    """
+    sampled = {"update": UPDATES.get(name), **{f"rollout.{k}": v for k, v in ROLLOUTS.get(name, {}).items()}}
+    rounds = {f"iterate.{k}": v for k, v in ITERATIONS.get(name, {}).items()}
+    told = {"on its own samples": sampled, "in rounds": rounds}
+    return [(head, text) for head, settings in told.items()
+            if (text := ", ".join(f"{k}: {spelt(v)}" for k, v in settings.items() if v))]
 
 
 def departures_of(name: str, departures: Mapping[str, object]) -> dict[str, tuple[str, str]]:

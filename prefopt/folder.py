@@ -74,7 +74,7 @@ def dataset(run: Run, tokenizer, held_out: bool):
     if missing := [c for c in columns(run.objective().reads()) if c not in prepared.columns]:
         raise ValueError(f"recipe {run.recipe!r} reads the column {missing[0]!r} ({COLUMNS[missing[0]].meaning}), which no "
                          f"record of {', '.join(sources)} has: put it into the records, or choose another recipe")
-    fits(prepared, run.train.tokens, run.train.online if "online" in run.objective().reads() else None)
+    fits(prepared, run, run.train.online if "online" in run.objective().reads() else None)
     return prepared
 
 
@@ -101,11 +101,16 @@ def columns(reads: set[str]) -> tuple[str, ...]:
     return tuple(sorted({c for c in reads if c in COLUMNS and COLUMNS[c].dims in ("N", "N T", "N D")} - FROZEN - GRADIENT - made))
 
 
-def fits(data, tokens: int | None, online=None) -> None:
-    """An error, before a model is loaded, when a group does not fit a micro-batch; `online` settings add sampled rows."""
+def fits(data, run: Run, online=None) -> None:
+    """An error, before a model is loaded, when a group does not fit a micro-batch; `online` settings add sampled rows. Of packed
+    rows the responses count, and the longest prompt once."""
+    tokens = run.train.tokens
     if tokens is None:
         return
     lengths = data.lengths.copy()
+    if run.train.packing:
+        prompts, rows = np.diff(data.arrays["prompt_at"]), np.diff(data.arrays["row_at"])
+        lengths -= (rows - 1) * prompts[data.arrays["group_prompt"]]
     if online is not None:
         lengths += online.k * (np.diff(data.arrays["prompt_at"])[data.arrays["group_prompt"]] + online.max_new_tokens)
     n = int(lengths.argmax())

@@ -135,11 +135,18 @@ def pieces(models: Models, batch: Batch, tokens: int | None,
            whole_groups: bool = True) -> Iterator[tuple[tuple[Tensor, Batch], bool]]:
     """Micro-batches of up to `tokens` tokens that the policy computes, with the numbers of their rows, and whether they count.
 
-    Where models are sharded, the last one comes again on processes that have fewer than others, and does not count.
+    Without `tokens` they suit the device, and a larger group is one of its own. Where models are sharded, the last one comes
+    again on processes that have fewer than others, and does not count.
     """
     trunk = models.policy_model()
-    common = shared(batch, trunk.price) if tokens is not None and trunk.packs(batch) else None
-    return evened(batch.pieces(tokens, whole_groups, common), models.sharded, batch.index.device)
+    common = shared(batch, trunk.price) if trunk.packs(batch) else None
+    found = batch.pieces(tokens or suited(batch.index.device.type), whole_groups, common, tokens is not None)
+    return evened(found, models.sharded, batch.index.device)
+
+
+def suited(device: str) -> int:
+    """Tokens of a micro-batch: as many as keep a GPU busy, and as few as keep a CPU's memory small at the same speed."""
+    return 2048 if device == "cpu" else 16384
 
 
 def one_frozen(models: Models, batch: Batch, column: str, chunk: int | None) -> Tensor:

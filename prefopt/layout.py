@@ -6,12 +6,14 @@ Packed      one long sequence of real tokens only. What all rows of a group begi
 
 In a packed sequence a token sees the beginning of its group and the tokens before it in its own row, and nothing else. Queries
 are gathered into few rectangles for that (`Block`): beginnings and whole rows, which are causal, and continuations, which see
-a beginning and themselves. All else a model does, it does to each token alone.
+a beginning and themselves. On a GPU FlexAttention takes the whole sequence and skips what nobody sees. All else a model does,
+it does to each token alone.
 """
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache, cached_property
 from typing import Protocol
 
 import torch
@@ -95,7 +97,20 @@ class Packed:
     shared: Tensor                                            # (N)
     head: Tensor                                              # (N)
     tail: Tensor                                              # (N)
+    family: Tensor                                            # (S) number of the beginning, or whole row, that a token belongs to
+    branch: Tensor                                            # (S) number of its continuation, 0 in a beginning
     rectangle: int
+    flex: bool
+
+    @cached_property
+    def seen(self):
+        """Who sees whom, in FlexAttention's blocks; made once for all layers."""
+        from torch.nn.attention.flex_attention import create_block_mask
+        family, branch, count = self.family, self.branch, self.tokens.shape[1]
+
+        def sees(b, h, q, k):
+            return (q >= k) & (family[q] == family[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
+        return create_block_mask(sees, None, None, count, count, device=self.tokens.device, _compile=self.tokens.is_cuda)
 
     def place(self, row: Tensor, column: Tensor) -> Tensor:
         t = column - self.offset[row]
@@ -135,7 +150,7 @@ def summed(x: Tensor, group: Tensor, groups: int) -> Tensor:
     return x.new_zeros(groups).index_add(0, group, x)
 
 
-def packed(batch: Mapping[str, Tensor], price: float = 0.0) -> Packed:
+def packed(batch: Mapping[str, Tensor], price: float = 0.0, flex: bool = False) -> Packed:
     """The batch as one sequence of real tokens. The layout is made on the CPU and moved to where the batch is."""
     device, batch = batch["tokens"].device, on_host(batch)
     batch = {name: batch[name].cpu() for name in ("tokens", "attend", "group")}
@@ -152,7 +167,7 @@ def packed(batch: Mapping[str, Tensor], price: float = 0.0) -> Packed:
     branches.sort(key=lambda one: (-one[1], -one[2]))
     head, tail, at = torch.zeros_like(length), torch.zeros_like(length), 0
     served = {int(group[n]): n for n in leads.values()}
-    pieces, blocks, begins = [], [], {}
+    pieces, blocks, begins, family, branch = [], [], {}, [], []
     for run in rectangles([L for _, L in roots], [L for _, L in roots]):
         chosen = roots[run]
         starts = []
@@ -160,6 +175,8 @@ def packed(batch: Mapping[str, Tensor], price: float = 0.0) -> Packed:
             starts.append(at)
             begins[n] = at
             pieces.append((n, 0, L))
+            family.append(begins[n])
+            branch.append(0)
             at += L
         blocks.append(causal(torch.tensor(starts), torch.tensor([L for _, L in chosen])))
     for n, (g, P) in enumerate(zip(group.tolist(), common.tolist(), strict=True)):
@@ -171,13 +188,17 @@ def packed(batch: Mapping[str, Tensor], price: float = 0.0) -> Packed:
             starts.append(at)
             tail[n] = at - P
             pieces.append((n, P, R))
+            family.append(int(head[n]))
+            branch.append(n + 1)
             at += R
         P, R = (torch.tensor([one[i] for one in chosen]) for i in (1, 2))
         blocks.append(continuing(head[[n for n, _, _ in chosen]], P, torch.tensor(starts), R))
     where = torch.cat([torch.arange(L) + P + n * rows.tokens.shape[1] for n, P, L in pieces] or [torch.zeros(0).long()])
     position = torch.cat([torch.arange(P, P + L) for _, P, L in pieces] or [torch.zeros(0).long()])
-    found = Packed(rows.tokens.flatten()[where][None], position[None], tuple(blocks), rows.offset, common, head, tail,
-                   rows.rectangle)
+    family, branch = (torch.tensor(x).long().repeat_interleave(torch.tensor([L for _, _, L in pieces]).long())
+                      for x in (family, branch))
+    found = Packed(rows.tokens.flatten()[where][None], position[None], tuple(blocks) if not flex else (), rows.offset, common,
+                   head, tail, family, branch, rows.rectangle, flex)
     return moved(found, device)
 
 
@@ -245,9 +266,20 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others)
+    if layout.flex:
+        grouped = query.shape[1] != key.shape[1]
+        found = flexible(query.is_cuda)(query, key, value, block_mask=layout.seen, scale=scaling, enable_gqa=grouped)
+        return found.transpose(1, 2), None
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     found = [one_block(query, key, value, block, scaling) for block in layout.blocks]
     return torch.cat(found)[None], None
+
+
+@cache
+def flexible(compiled: bool):
+    """FlexAttention, compiled once for sequences of all lengths."""
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
 def one_block(query: Tensor, key: Tensor, value: Tensor, block: Block, scaling: float | None) -> Tensor:

@@ -91,7 +91,7 @@ class Trunk:
         self.plain = None if self.packing else "train.packing is off"
         self.plain = self.plain or why_padded(self.body, config)
         self.window, self.price = window(config), PRICE * self.width
-        self.config, self.checked = config, False
+        self.config, self.checked, self.flex = config, False, False
 
     def __call__(self, layout: Layout) -> Tensor:
         """States (S, D) after the final norm, at `layout.place(row, column)`."""
@@ -131,7 +131,7 @@ class Trunk:
     def layout(self, batch: Mapping[str, Tensor]) -> Layout:
         """How this model gets the rows of a batch: packed, with what groups begin with computed once where that pays, or one
         by one where the model allows no more."""
-        return packed(batch, self.price) if self.packs(batch) else padded(batch)
+        return packed(batch, self.price, self.flex) if self.packs(batch) else padded(batch)
 
     def packs(self, batch: Mapping[str, Tensor]) -> bool:
         if not self.checked:
@@ -187,7 +187,10 @@ class Trunk:
             self.check_packing(tokens)
 
     def check_packing(self, tokens: Tensor) -> None:
-        """On a small slice, packed rows give the states of padded ones, or rows are not packed, and a warning says so."""
+        """On a small slice, packed rows give the states of padded ones, or rows are not packed, and a warning says so.
+
+        On a GPU FlexAttention comes first, which skips what nobody sees, so that sharing always pays.
+        """
         ids = tokens[0, :min(24, 2 * self.window // 3)] if self.window else tokens[0, :24]
         rows = [ids, torch.cat([ids[:-len(ids) // 3], (ids[:len(ids) // 2] + 1) % self.vocabulary]), ids[:5]]
         one = {"tokens": nn.utils.rnn.pad_sequence(rows, batch_first=True), "group": torch.tensor([0, 0, 1], device=ids.device)}
@@ -196,14 +199,29 @@ class Trunk:
         training, calls = self.model.training, dict(self.calls)
         self.model.eval()
         register(self.config)
-        plain, dense = padded(one), packed(one)
-        expected, found = self(plain)[plain.place(row, column)], self(dense)[dense.place(row, column)]
+        plain = padded(one)
+        expected, problem = self(plain)[plain.place(row, column)], ""
+        for flex in (True, False) if tokens.is_cuda else (False,):
+            dense = packed(one, flex=flex)
+            try:
+                found = self(dense)[dense.place(row, column)]
+            except Exception as error:                        # a compiler that is not there, a kernel that knows no such shape
+                if not flex:
+                    raise
+                problem = str(error).splitlines()[0]
+                continue
+            gap = relative(found, expected)
+            if gap < (1e-4 if found.dtype in (torch.float32, torch.float64) else 3e-2):
+                self.flex, self.price = flex, 0.0 if flex else self.price
+                break
+            problem = f"packed rows of {self.name} give other states (relative gap {gap:.1e})"
+        else:
+            self.plain = problem
+            warnings.warn(f"{self.plain}: every row is computed by itself, which is slower", stacklevel=2)
+        if problem and not self.plain:
+            warnings.warn(f"FlexAttention is left out, and packed rows go through sdpa, which is slower: {problem}", stacklevel=2)
         self.model.train(training)
         self.calls.update(calls)
-        gap = relative(found, expected)
-        if not gap < (1e-4 if found.dtype in (torch.float32, torch.float64) else 3e-2):
-            self.plain = f"packed rows of {self.name} give other states (relative gap {gap:.1e})"
-            warnings.warn(f"{self.plain}: every row is computed by itself, which is slower", stacklevel=2)
 
 
 def relative(x: Tensor, y: Tensor) -> float:

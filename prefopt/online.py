@@ -18,7 +18,9 @@ from prefopt import parts
 from prefopt.config import Run, named
 from prefopt.ops import processes, total
 from prefopt.parts import bind, columns_read
-from prefopt.rollout import sources
+from prefopt.rollout import programs, sources
+from prefopt.rollout.base import noise
+from prefopt.rollout.programs import Against, of_policy, plain, roles_of
 from prefopt.rollout.sources import GroupSource, Rollouts
 from prefopt.sharding import whole_model
 
@@ -69,14 +71,17 @@ def rollouts(run: Run, data: Prompts, engine, score: Callable, models, tokenizer
     """The source of an on-policy run. `engine` is its sampler, `score` fills in rewards."""
     roll, rank, ranks = run.rollout, accelerator.process_index, processes()
     source: GroupSource
-    filtered = None
+    filtered = again = None
     if roll.recorded:
         source = sources.Recorded(Path(roll.recorded), rank=rank, ranks=ranks)
     else:
         name, arguments = named(roll.order)
         order = parts.find(name, "prefopt.rollout.orders")
         order = order(**parts.checked(name, order, arguments)) if arguments else order
-        sample = partial(sampled, run, engine, models, accelerator, program(run, objective))
+        made = program(run, objective)
+        sample = partial(sampled, run, engine, models, accelerator, made)
+        if isinstance(made, Against):
+            again = partial(met_again, run, engine, models, accelerator, made, score)
         source = sources.OnPolicy(data, sample, score, seed=run.train.seed, order=order)
         if getattr(objective, "keep", None) is not None:
             filtered = source
@@ -88,7 +93,7 @@ def rollouts(run: Run, data: Prompts, engine, score: Callable, models, tokenizer
         if roll.dump:
             source = sources.Dump(source, Path(run.out) / "rollouts", every=roll.dump, rank=rank, ranks=ranks)
     return Rollouts(source, encoder(run, tokenizer), run.train.groups_per_step, prompts=len(data), epochs=run.train.epochs,
-                    rank=rank, ranks=ranks, labels=objective.whole_groups, filtered=filtered)
+                    rank=rank, ranks=ranks, labels=objective.whole_groups, filtered=filtered, again=again)
 
 
 def encoder(run: Run, tokenizer) -> Callable[[list[Group]], Batch]:
@@ -110,7 +115,26 @@ def scorer(run: Run):
     if not roll.rewards and samples(run):
         raise ValueError("rollout.rewards: missing: name what scores a response, for instance [final_answer]; `prefopt reward "
                          "list` shows all")
-    return parts.find("rewards.online:Scorer", "")(roll.rewards, unscored=roll.unscored, timeout=roll.timeout)
+    found = parts.find("rewards.online:Scorer", "")(roll.rewards, unscored=roll.unscored, timeout=roll.timeout,
+                                                    against=run.against(), payoff=roll.payoff)
+    if found.compares and run.data.eval and named(roll.sampler)[0] in ("vllm", "vllm_server"):
+        found.close()
+        raise ValueError("rewards that compare are evaluated as win rates against the reference, and vLLM holds the policy "
+                         "alone: leave data.eval out, or set rollout.sampler: transformers")
+    return found
+
+
+def compares(score: Callable | None) -> bool:
+    """Whether rewards are wins against other responses. A function of one's own grades."""
+    return getattr(score, "compares", False)
+
+
+def roles(run: Run, score: Callable | None = None) -> set[str]:
+    """Who is sampled from beside the policy: in training, and to be compared with in an evaluation."""
+    if run.rollout is None:
+        return set()
+    judged = {"reference"} if run.data.eval and compares(score) else set()
+    return judged if run.rollout.recorded else judged | roles_of(run.program())
 
 
 def components(run: Run) -> list[str]:
@@ -118,13 +142,15 @@ def components(run: Run) -> list[str]:
     return list(parts.find("rewards.online:named_rewards", "")(run.rollout.rewards))
 
 
-def sampler(run: Run, models, tokenizer):
-    """The run's sampler: the policy itself, or an engine."""
+def sampler(run: Run, models, tokenizer, average=None):
+    """The run's sampler: the policy itself, with the reference and the averaged policy beside it, or an engine."""
     roll = run.rollout
     name, arguments = named(roll.sampler)
     if name == "transformers":
         from prefopt.rollout.transformers import Sampler
-        return Sampler(models.policy, tokenizer, batch=roll.batch, encoding=run.data.encoded(), **arguments)
+        others = {"reference": models.reference, "average": average}
+        return Sampler(models.policy, tokenizer, batch=roll.batch, encoding=run.data.encoded(), **arguments,
+                       others={role: model for role, model in others.items() if model is not None})
     if name in ("vllm", "vllm_server"):
         from prefopt.rollout import vllm
         make = vllm.VLLMSampler if name == "vllm" else vllm.VLLMServer
@@ -166,23 +192,29 @@ def sampled(run: Run, engine, models, accelerator, program: Callable, groups: li
     return made
 
 
+AHEAD = 2 ** 40                                               # versions of the policy one step ahead
+
+
+def met_again(run: Run, engine, models, accelerator, program: Against, score: Callable, groups: list[Group],
+              version: int) -> list[Group]:
+    """The groups with opponents drawn from the policy as it is now, under noise and a version of their own, and scored."""
+    sync(engine, models, AHEAD + version)
+    keys = [noise(g.meta["key"], "ahead") for g in groups]
+    with accelerator.autocast():
+        made = program.met(engine, groups, keys=keys, seed=run.train.seed, version=AHEAD + version,
+                           **sampling_settings(run.rollout))
+    return score(made)
+
+
 def sampling_settings(roll) -> dict:
     return {"max_new_tokens": roll.max_new_tokens, "temperature": roll.temperature, "top_p": roll.top_p, "top_k": roll.top_k,
             "stop": tuple(roll.stop)}
 
 
-def program(run: Run, objective=None) -> Callable:
-    """How responses come about: one turn, with a greedy one beside it where the objective reads a probe, or one's own
-    program."""
-    from prefopt.rollout import programs
-    found = programs.single
-    if run.rollout.program is not None:
-        name, arguments = named(run.rollout.program)
-        found = parts.find(name, "prefopt.rollout.programs")
-        named_functions = {k: parts.find(v, "") for k, v in arguments.items() if isinstance(v, str) and ":" in v}
-        found = found(**arguments | named_functions) if arguments else found
-    probes = objective is not None and not objective.whole_groups and "probe" in columns_read(objective.advantage)
-    return programs.with_greedy(found) if probes else found
+def program(run: Run, objective) -> Callable:
+    """How responses come about: as the run says, with a greedy one beside them where the objective reads a probe."""
+    probes = not objective.whole_groups and "probe" in columns_read(objective.advantage)
+    return programs.with_greedy(run.program()) if probes else run.program()
 
 
 def kept(objective, encode: Callable[[list[Group]], Batch], groups: list[Group]) -> list[bool]:
@@ -225,9 +257,9 @@ def check_rollout(run: Run, batch: Batch, measured_now: dict[str, float], exact:
     """At the first step: sampler and trainer agree on what was sampled, and rewards differ somewhere."""
     roll = run.rollout
     exact = exact and roll.top_p == 1 and not roll.top_k and not roll.recorded           # truncated samples are told otherwise
-    if "logp_rollout" in batch:
+    if "logp_rollout" in batch and of_policy(run.program()):
         mask = batch["mask"].bool() & torch.isfinite(batch["logp_rollout"])
-        if "train" in batch:                                  # greedy probes are not drawn from the policy
+        if "train" in batch:                                  # probes need not be drawn from the policy
             mask = mask & batch["train"].bool()[:, None]
         gap = (batch["logp_old"] - batch["logp_rollout"])[mask].abs()
         largest = float(gap.max()) if len(gap) else 0.0
@@ -246,15 +278,19 @@ def check_rollout(run: Run, batch: Batch, measured_now: dict[str, float], exact:
 
 def evaluate(run: Run, data: Prompts, engine, score: Callable, models, accelerator, step: int, *,
              prompts: int = 64) -> dict[str, float]:
-    """Rewards of fresh responses to held-out prompts; their noise is the same at every evaluation."""
+    """Rewards of fresh responses to held-out prompts, of comparisons win rates against the reference; their noise is the same
+    at every evaluation."""
     here = np.array_split(np.arange(len(data)), processes())[accelerator.process_index]
     own = run.model_copy(update={"rollout": run.rollout.model_copy(update={"k": run.rollout.eval_k})})
     found: list[Group] = []
+    made = plain(run.program())
+    if compares(score):
+        made, score = Against({"reference": 1.0}, run.rollout.eval_k, program=made), score.counting("opponents")
     sync(engine, models, step)
     for start in range(0, len(here), prompts):
         places = [int(i) for i in here[start:start + prompts]]
         groups = [Group(data[i].prompt, [], meta=dict(data[i].meta)) for i in places]
-        found += score(sampled(own, engine, models, accelerator, program(run), groups, [2 ** 40 + i for i in places], step))
+        found += score(sampled(own, engine, models, accelerator, made, groups, [2 ** 40 + i for i in places], step))
     return {f"eval/{k}": v for k, v in sources.measured(found).items()}
 
 

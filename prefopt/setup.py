@@ -1,20 +1,25 @@
 """What a run starts from: processes, seeds, models, the optimiser with its schedule, the source of its groups."""
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from prefopt import folder, online
-from prefopt.config import Run
+from prefopt.config import Model, Run
 from prefopt.forward import frozen_models, needs_critic
 from prefopt.models import Head, Models, Trunk, frozen_copy, head_of, load_policy, load_tokenizer, prepare_padding
 from prefopt.ops import processes
+from prefopt.references import Moving
 from prefopt.sharding import check_launch, shard
 from prefopt.sources import Dataset, Online
 
@@ -42,7 +47,19 @@ def accelerator(run: Run):
     if found.num_processes != launched:                       # each would train alone and write over the others
         raise ValueError(f"{launched} processes were launched (WORLD_SIZE), but they form {found.num_processes} group on "
                          f"{found.device}: launch them with torchrun or accelerate launch, or set train.device=cpu")
+    if found.device.type == "cpu" and sys.platform == "linux":
+        keep_freed_memory()
     return found
+
+
+def keep_freed_memory() -> None:
+    """glibc hands large blocks back to the kernel when they are freed, and faults them in again page by page when the next step
+    asks for them: a tenth of a step on a CPU. From now on the process keeps what it has had."""
+    trim_threshold, mmap_threshold = -1, -3                   # malloc.h
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):                              # musl has none
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def seed(*numbers: int) -> None:
@@ -61,8 +78,10 @@ def tokenizer(run: Run, objective):
     return found
 
 
-def load_models(run: Run, objective, tokenizer, checkpoint: Path | None, device, cached: Collection[str] = ()) -> Models:
-    """The policy (from the checkpoint when resuming), and the reference where a column that is not `cached` needs it.
+def load_models(run: Run, objective, tokenizer, checkpoint: Path | None, device, cached: Collection[str] = (),
+                roles: Collection[str] = ()) -> Models:
+    """The policy (from the checkpoint when resuming), and the reference where a column that is not `cached` needs it, or where
+    responses are drawn from it (`roles`).
 
     Sharded models are read on the CPU, and go to the device share by share.
     """
@@ -74,12 +93,13 @@ def load_models(run: Run, objective, tokenizer, checkpoint: Path | None, device,
     if head.outputs:
         prepare_padding(tokenizer, policy)
     policy.to(place)
-    if not frozen_models(objective.reads().difference(cached)) or (has_adapters(run) and not moves):
+    needed = frozen_models(objective.reads().difference(cached)) or "reference" in roles
+    if not needed or (has_adapters(run) and not moves):
         reference = None                                      # the policy with its fresh adapters off, where it has them
     elif run.reference is None and (moves or not checkpoint):
         reference = frozen_copy(policy)                       # a checkpoint knows where it has moved to
     else:
-        reference = load_reference(run, place).policy
+        reference = load_frozen(folder.frozen_policy(run), place).policy
     critic = load_critic(run, checkpoint, place) if needs_critic(objective.reads()) else None
     if run.train.shard:
         for model in filter(None, (policy, reference, critic)):
@@ -92,10 +112,31 @@ def load_models(run: Run, objective, tokenizer, checkpoint: Path | None, device,
     return models
 
 
-def load_reference(run: Run, device) -> Models:
-    """The reference alone, in both roles."""
-    reference = load_policy(**folder.frozen_policy(run).model_dump()).requires_grad_(False).eval().to(device)
-    return Models(reference, reference, packing=run.train.packing)
+@dataclass(frozen=True)
+class Follower:
+    """A model that starts as the policy and follows its weights. What does not train is shared with it."""
+    model: nn.Module
+    rule: Moving
+    own: list[Tensor]
+    leading: list[Tensor]
+
+    def step(self, step: int) -> None:
+        self.rule.step(step, self.own, self.leading)
+
+
+def follower(run: Run, models: Models) -> Follower | None:
+    """The averaged policy that the run's program lets play, None without one."""
+    if "average" not in online.roles(run):
+        return None
+    model, leading = frozen_copy(models.policy), models.trainable()
+    own = dict(model.named_parameters())
+    return Follower(model, run.program().follow, [own[name] for name, _ in leading], [p for _, p in leading])
+
+
+def load_frozen(settings: Model, device, *, packing: bool = True) -> Models:
+    """A model alone, as policy and as reference."""
+    model = load_policy(**settings.model_dump()).requires_grad_(False).eval().to(device)
+    return Models(model, model, packing=packing)
 
 
 def load_critic(run: Run, checkpoint: Path | None, device):
@@ -108,7 +149,7 @@ def load_critic(run: Run, checkpoint: Path | None, device):
                          head=Head("AutoModelForTokenClassification", "TOKEN_CLS", 1)).to(device)
     if run.critic is None and not checkpoint:
         for p in Trunk(critic).output.parameters():
-            torch.nn.init.zeros_(p)
+            nn.init.zeros_(p)
     return critic
 
 

@@ -28,7 +28,7 @@ from prefopt.forward import fill, forward, pieces
 from prefopt.held_out import evaluate, evaluating, judge
 from prefopt.models import Models
 from prefopt.ops import processes, total
-from prefopt.setup import load_models, load_reference, optimization, seed, source_of
+from prefopt.setup import follower, load_frozen, load_models, optimization, seed, source_of
 from prefopt.sharding import clip
 from prefopt.speed import Meter
 
@@ -57,6 +57,8 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()                                    # transformers' bars would break ours
     out, settings = Path(run.out), run.train
+    if run.iterate:
+        raise ValueError("this run has a block iterate, whose rounds are trained one by one: call prefopt.iterate.iterate(run)")
     checkpoint = checkpoints.latest(out / "checkpoints")
     if checkpoint and not resume:
         raise ValueError(f"{out} holds a run with a checkpoint at {checkpoint.name}: go on with it (--resume), or choose "
@@ -70,15 +72,18 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
         data, held_out = folder.datasets(run, tokenizer)
         if checkpoint:
             folder.same(run, data, held_out)
-    cached = {"logp_ref"} & reads if run.data.cache_reference else set()
-    if cached:
+    known = {"logp_ref": folder.frozen_policy(run)} if run.data.cache_reference else {}
+    known |= {"logp_old": run.policy} if run.data.cache_start else {}
+    cached = {column: model for column, model in known.items() if column in reads}
+    for column, model in cached.items():
+        load = partial(load_frozen, model, accelerator.device, packing=run.train.packing)
         with accelerator.main_process_first():
-            data, held_out = folder.cache_reference(run, (data, held_out), partial(load_reference, run, accelerator.device),
-                                                    accelerator.autocast)
+            data, held_out = folder.cached(run, column, model, (data, held_out), load, accelerator.autocast)
     scorer = online.scorer(run) if run.rollout and score is None else None
     score = score or scorer
-    models = load_models(run, objective, tokenizer, checkpoint, accelerator.device, cached)
-    engine = online.sampler(run, models, tokenizer) if run.rollout and online.samples(run) else None
+    models = load_models(run, objective, tokenizer, checkpoint, accelerator.device, cached, online.roles(run, scorer))
+    average = follower(run, models)
+    engine = online.sampler(run, models, tokenizer, average and average.model) if run.rollout and online.samples(run) else None
     source = source_of(run, data, models, tokenizer, objective, accelerator, engine, score)
     steps = settings.steps or source.steps
     optimizer, scheduler = optimization(run, models, objective, steps)
@@ -86,7 +91,7 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
     reference = models.reference_trainable() if objective.reference.moves else None
     progress = {"step": 0, "last": {}, "stopped": "", "best": None, "best_step": 0, "evaluations_since": 0}
     saved = dict(optimizer=optimizer, scheduler=scheduler, source=source, objective=objective, reference=reference,
-                 critic=models.critic, scaler=accelerator.scaler)
+                 critic=models.critic, scaler=accelerator.scaler, average=average and average.own)
     if checkpoint:
         progress = checkpoints.read(checkpoint, **saved)
     if accelerator.is_main_process:
@@ -111,7 +116,7 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
             wanted = frozen | ({"logp_old"} if step == 1 and run.rollout else set())      # to compare sampler and trainer
             with accelerator.autocast():
                 batch = fill(models, batch, wanted, other=other and other.to(accelerator.device), **sizes)
-            batch = objective.estimate(batch)
+            drawn, batch = batch, objective.estimate(batch)
             logs = step % settings.log_every == 0 or step == steps
             measured = source.metrics() if run.rollout and (logs or step == 1) else {}
             if step == 1 and run.rollout:
@@ -128,13 +133,15 @@ def train(run: Run, *, resume: bool = False, show: bool = True, score: Callable 
                 if step == 1 and not found and run.reference is None and {"logp", "logp_ref"} <= reads:
                     check_start(models, objective, part, run, accelerator)
                 if run.rollout is None or online.weighs(part):
-                    found.append(update(parameters, optimizer, partial(gradients.of, part, step, logs)))
+                    found.append(update(parameters, optimizer, Step(gradients, part, step, logs, source, drawn)))
             values = {**measured, **mean(found)}
             lr = scheduler.get_last_lr()[0]
             scheduler.step()
             source.feed(batch)
             progress["step"] = step
             progress["last"].update(values)
+            if average is not None:
+                average.step(step)
             if reference is not None:
                 objective.reference.step(step, reference, [p for _, p in models.trainable()])
             if logs:
@@ -211,6 +218,27 @@ class Gradients:
         values = logged(sums)
         check_finite(values, step, Path(run.out), scaled=accelerator.scaler is not None)
         return values
+
+
+@dataclass
+class Step:
+    """An optimiser step as its update rule sees it (`prefopt.update.Gradient`). `drawn` is the rollout before advantages."""
+    gradients: Gradients
+    part: Batch
+    step: int
+    logs: bool
+    source: object
+    drawn: Batch
+
+    def __call__(self) -> dict[str, float]:
+        return self.gradients.of(self.part, self.step, self.logs)
+
+    def renew(self) -> None:
+        """Fresh opponents of the policy as it is now: the same responses have other rewards."""
+        fresh = {c: v.to(self.drawn.index.device) for c, v in self.source.renewed(self.step).items()}
+        now = {c: self.part[c] for c in ("logp_now",) if c in self.part}
+        objective = self.gradients.objective
+        self.part = objective.annotate(objective.estimate(self.drawn.with_columns(**fresh, **now)))
 
 
 def add(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:

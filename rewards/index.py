@@ -33,6 +33,8 @@ WHERE = {
     "chosen": "rewards.combine:chosen",
     "calibrated": "rewards.calibrate:calibrated", "timed": "rewards.cached:timed", "remote": "rewards.serve:remote",
     "trl": "rewards.trl:from_trl",
+    "bradley_terry": "rewards.oracles:bradley_terry", "game": "rewards.oracles:game",
+    "preference": "rewards.oracles:preference",
 }
 
 

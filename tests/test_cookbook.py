@@ -16,13 +16,15 @@ from tiny_models import Float64, tiny
 from data_tools.batch import Batch
 from data_tools.collate import collate
 from data_tools.records import Group, Response
-from prefopt import config, recipes
+from prefopt import config, data_cli, recipes
 from prefopt.forward import fill, forward
 from prefopt.models import Head, Models
 
 ROOT = Path(__file__).parents[1]
 COOKBOOK = ROOT / "cookbook"
-RUN_FILES = sorted(path for path in COOKBOOK.rglob("*.yaml") if "compute_environment" not in path.read_text())  # accelerate's
+OTHERS = ("compute_environment", "\nstages:")                  # of accelerate; pipelines of data
+RUN_FILES = sorted(path for path in COOKBOOK.rglob("*.yaml") if not any(word in path.read_text() for word in OTHERS))
+PIPELINES = sorted(path for path in COOKBOOK.rglob("*.yaml") if OTHERS[1] in path.read_text())
 SCRIPTS = sorted(path for path in COOKBOOK.glob("*/*.py") if "--toy" in path.read_text())
 PAGES = sorted([ROOT / "README.md", *COOKBOOK.rglob("*.md")])
 
@@ -45,6 +47,11 @@ def script(name: str, monkeypatch):
 def test_run_files_load(path):
     run = config.load(path)
     assert run.objective().reads()
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=shown)
+def test_pipelines_load(path):
+    assert data_cli.pipeline(path, []).stages
 
 
 def commands(page: Path) -> list[str]:
@@ -154,16 +161,18 @@ def test_warm_up_trains_answers_and_their_end(monkeypatch):
 
 
 def test_preferences_pair_right_with_wrong(monkeypatch):
-    """Three right and two wrong answers give two pairs, all right ones none."""
-    run = script("quickstart/run.py", monkeypatch)
-    task = sys.modules["task"]
+    """The rule and the verifier of pairs.yaml: three right and two wrong answers give two pairs, all right ones none."""
+    task = script("quickstart/task.py", monkeypatch)
+    plan = data_cli.pipeline(COOKBOOK / "quickstart" / "pairs.yaml", [])
     one = task.Problem("Ida", "coins", 5, (("loses", 3), ("buys", 1)))
     good, bad = "5 - 3 = 2 ; 2 + 1 = 3 ; answer 3", "5 + 3 = 8 ; 8 + 1 = 9 ; answer 9"
-    texts = [[good, bad, good, bad, good], [good] * 5]
-    sampled = [Group(one.prompt, [Response(t, tokens=[n], meta={"finished": True}) for n, t in enumerate(row)])
+    texts, facts = [[good, bad, good, bad, good], [good] * 5], {k: v for k, v in one.record().items() if k != "prompt"}
+    sampled = [Group(one.prompt, [Response(t, tokens=[n], meta={"finished": True}) for n, t in enumerate(row)], meta=dict(facts))
                for row in texts]
-    monkeypatch.setattr(run, "Sampler", lambda model, words: lambda prompts, *, n, max_new_tokens: sampled)
-    pairs = run.preferences(None, None, [one, one], n=5)
+    generate, score, select, _ = plan.stages
+    assert generate.settings["policies"]["warmup"]["n"] == 8
+    with score.made() as scored, select.made() as selected:
+        pairs = [pair for group in scored(sampled) for pair in selected(group)]
     assert [[r.tokens for r in pair.responses] for pair in pairs] == [[[0], [1]], [[2], [3]]]
     assert all(pair.relevance == [1.0, 0.0] and pair.prompt == one.prompt for pair in pairs)
 

@@ -132,7 +132,7 @@ def test_cached_reference_of_two_processes(home, two):
     one, both = lines(home / "lists" / "one-cached"), lines(home / "lists" / "two-cached")
     for line in one[0], both[0]:                              # margins that are zero up to rounding
         assert abs(line.pop("margin")) < 1e-5
-    for line in *one[:2], *both[:2]:                          # the signs of theirs, and of those after a first small step, say nothing
+    for line in *one[:2], *both[:2]:                          # and after a first small step
         assert all(line.pop(k) >= 0 for k in list(line) if k.startswith("accuracy"))
     for a, b in zip(one, both, strict=True):
         assert b == pytest.approx(a, rel=1e-3, abs=1e-4)      # AdamW in float32 magnifies what rounding leaves of zeros

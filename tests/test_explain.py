@@ -127,7 +127,7 @@ def test_page_of_every_recipe(name):
 def test_every_column_of_the_models_has_its_pass():
     """Whatever `fill` and `forward` compute beyond the policy's one pass is told."""
     assert set(explain.PASSES) >= (FROZEN | REFERENCE | {"online"})
-    one_pass = {"logp", "entropy", "collision", "last_state", "prompt_state", "outputs", "token_reward"}
+    one_pass = {"logp", "entropy", "collision", "peak", "mass_above", "last_state", "prompt_state", "outputs", "token_reward"}
     assert GRADIENT - set(explain.PASSES) == one_pass
 
 

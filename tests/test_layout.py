@@ -108,6 +108,19 @@ def test_rectangles_bound_what_is_wasted():
     assert list(rectangles([], [])) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
+def test_flex_attention_sees_what_the_rectangles_see(family, dtype):
+    """The GPU's way, forward, as it runs on a CPU without a compiler."""
+    b, trunk = batch(GROUPS, seed=1, padding="left"), Trunk(tiny(family, dtype=dtype))
+    row, column = b["attend"].nonzero(as_tuple=True)
+    trunk.check(padded(b).tokens)
+    with torch.no_grad():
+        one, two = (trunk(layout)[layout.place(row, column)] for layout in (packed(b), packed(b, flex=True)))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    assert not trunk.flex and packed(b, flex=True).blocks == ()
+
+
 # -------------------------------------------------------------------------------------------------------------- equality
 @pytest.mark.parametrize("family", FAMILIES)
 def test_states_and_all_gradients(family):

@@ -211,7 +211,7 @@ def test_same_seed_same_weights_whatever_the_batches(place):
     from safetensors.torch import load
     one, other = (load(found["model/model.safetensors"]) for found in (a, c))
     for key in one:
-        torch.testing.assert_close(one[key], other[key], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(one[key], other[key], rtol=1e-6, atol=1e-7)           # norms are float32 in any model
 
 
 def test_recorded_rollouts_train_the_same_model_without_a_sampler(place, monkeypatch):

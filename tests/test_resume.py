@@ -44,7 +44,7 @@ class Crash(BaseException):
 
 def crash(at: int):
     """Stands for `folder.timing`, which comes after a step's metrics and before its evaluation and checkpoint."""
-    def timing(accelerator, out, step, tokens, seconds):
+    def timing(accelerator, out, step, measured):
         if step == at:
             raise Crash
     return timing
@@ -240,7 +240,7 @@ def test_optimizer_state_survives(optimizer):
 
 # ---------------------------------------------------------------------------------------------------------------- Ctrl-C
 def pressed(at: int, number: int, times: int = 1):
-    def timing(accelerator, out, step, tokens, seconds):
+    def timing(accelerator, out, step, measured):
         for _ in range(times if step == at else 0):
             os.kill(os.getpid(), number)
             time.sleep(0)                                     # the handler runs before the next line

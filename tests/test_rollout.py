@@ -68,7 +68,7 @@ def test_a_state_space_model_is_not_prefilled_but_right():
 
 
 def decoder(model, *, ends=(EOS,), batch=64, **settings):
-    return Decoder(model, ends, PAD, batch, tokenizer(), **settings)
+    return Decoder([model], ends, PAD, batch, tokenizer(), **settings)
 
 
 def questions(lengths=LENGTHS, *, n=3, limit=6, seed=0):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from data_tools.columns import nearest
-from data_tools.records import Group, Prompt
+from data_tools.records import Group, Prompt, Response
 from prefopt.games.game import Game
 from prefopt.parts import name as name_of
 
@@ -31,7 +31,7 @@ def opponents(group: Group, i: int) -> list[int]:
 
 
 def others(group: Group, i: int) -> list[int]:
-    """The other responses that train, for opponents from the policy itself."""
+    """The other responses that train, for opponents from the policy itself; of a probe row (a greedy baseline) all of them."""
     found = [j for j, r in enumerate(group.responses) if r.train and j != i]
     if not found:
         raise ValueError(f"{place(group)} has a single response that trains, and `against=others` compares at least two: raise "
@@ -75,7 +75,7 @@ class PreferenceOracle:
     against     whom the reward of a response is taken against: `opponents`, `others` or `everyone`
     reward      probabilities of winning against them -> the reward: `mean_win` or `mean_score`
 
-    The groups' own wins are replaced. A response of which no comparison is known has no reward.
+    The groups' own wins are replaced. A response of which no comparison is known has no reward, and opponents have none.
     """
 
     def __init__(self, answer: Callable[[Sequence[Group]], Sequence[Matrix]], *, name: str = "oracle",
@@ -108,15 +108,35 @@ class PreferenceOracle:
                                      f"take sigmoid(s_i - s_j)")
         return [[both(matrix[i][j], matrix[j][i]) for j in range(size)] for i in range(size)]
 
+    def counting(self, against: Callable[[Group, int], list[int]]) -> PreferenceOracle:
+        """The same oracle with rewards against others."""
+        return PreferenceOracle(self.answer, name=self.name, settings=self._settings, against=against, reward=self.reward)
+
+    def check(self, groups: Sequence[Group]) -> None:
+        """An error where a response has nobody to be compared with."""
+        for group in groups:
+            for i, response in enumerate(group.responses):
+                if self.plays(response):
+                    self.against(group, i)
+
+    def plays(self, response: Response) -> bool:
+        """Whether a response has a reward: probe rows do, unless they are the opponents."""
+        return response.train or self.against is not opponents
+
+    def payoff(self, group: Group, wins: Sequence[Sequence[float | None]], i: int) -> float | None:
+        """The reward of response i; None where no comparison of it is known, and of opponents."""
+        against = self.against(group, i) if self.plays(group.responses[i]) else []
+        known = [wins[i][j] for j in against if wins[i][j] is not None]
+        return float(self.reward(known)) if known else None
+
     def __call__(self, groups: Sequence[Group]) -> list[Group]:
         groups = list(groups)
         for group, wins in zip(groups, self.compare(groups), strict=True):
             group.wins = wins
             for i, response in enumerate(group.responses):
                 response.scores.pop("reward", None)
-                known = [wins[i][j] for j in self.against(group, i) if wins[i][j] is not None] if response.train else []
-                if known:
-                    response.scores["reward"] = float(self.reward(known))
+                if (worth := self.payoff(group, wins, i)) is not None:
+                    response.scores["reward"] = worth
         return groups
 
 
@@ -140,15 +160,17 @@ def from_callable(probability: Callable[[Prompt, object, object], float], **sett
     return PreferenceOracle(answer, **{"name": getattr(probability, "__name__", "callable"), **settings})
 
 
-def from_game(game: Game, **settings) -> PreferenceOracle:
-    """Of a game whose actions are the texts of responses. Of several prompts the meta of a group says which: `game`, a number."""
+def from_game(game: Game, style: Callable[[object], str] = lambda text: text, **settings) -> PreferenceOracle:
+    """Of a game whose actions are the texts of responses, or what `style` sees in them. Of several prompts the meta of a group
+    says which: `game`, a number."""
     where = {action: n for n, action in enumerate(game.actions)}
 
     def action(text: object) -> int:
-        if text not in where:
-            raise ValueError(f"the game {game.name!r} has no action {text!r}{nearest(str(text), where)}; actions: "
+        seen = style(text)
+        if seen not in where:
+            raise ValueError(f"the game {game.name!r} has no action {seen!r}{nearest(str(seen), where)}; actions: "
                              f"{', '.join(game.actions)}")
-        return where[text]
+        return where[seen]
 
     def answer(groups: Sequence[Group]) -> list[Matrix]:
         found = [([action(r.text) for r in g.responses], game.payoff[int(g.meta.get("game", 0))]) for g in groups]

@@ -11,6 +11,27 @@ from prefopt.recipes.pairs import dpo, ipo_summed
 from prefopt.reductions import sequence_sum
 from prefopt.references import Extrapolated
 
+FLAT = {"temperature": 2.0, "top_k": 10}                      # responses that stand for uniform ones
+# how a recipe's responses come about and what its rewards are, where a run file says nothing else
+ROLLOUTS = {
+    "ipo_md": {"program": {"from_mixture": {"share": 0.125}}},
+    "egpo": {"program": {"against_policy": FLAT}},
+    "nash_md": {"program": {"against_mixture": {"share": 0.125, **FLAT}}},
+    "nash_md_pg": {"program": {"against_mixture": {"share": 0.125}}},
+    "nash_ema": {"program": {"against_average": {"follow": 0.1}}},
+    "sppo": {"against": "everyone"},
+    "gpo": {"against": "everyone", "payoff": "mean_score"},
+    "xpo": {"program": "beside_reference"},
+}
+UPDATES = {"egpo": "look_ahead"}
+# the rounds of a recipe that is trained on given responses (`iterate`): what is selected, its labels, the reference
+ITERATIONS = {
+    "inpo": {"reference": "first"},
+    "dno": {"select": "everything"},
+    "gpo_offline": {"select": "everything", "labels": "soft"},
+    "online_ipo": {"select": "everything", "labels": "soft", "reference": "first"},
+}
+
 
 def online_ipo(*, beta=0.1):
     """Online IPO: pairs of the policy's own responses, labelled by an oracle; its fixed point is the regularised equilibrium.
@@ -32,7 +53,8 @@ def ipo_md(*, beta=0.1):
 
     L = w_12 (h - 1/(2 beta))^2 + w_21 (h + 1/(2 beta))^2,   h = rho_1 - rho_2
 
-    The mixture is the source's: the loss stays that of the policy. c = 0 is `online_ipo`, the authors of EGPO use 1/8.
+    The mixture is the sampler's (`rollout.program: from_mixture`): the loss stays that of the policy. c = 0 is `online_ipo`, the
+    authors of EGPO use 1/8.
 
     beta        weight of the KL to the reference
     Edge        the fixed point is rho = (win rate against the mixture) / beta + const: its bias grows with c
@@ -47,10 +69,9 @@ def egpo(*, beta=0.1):
 
     L = (rho_1 - rho_2 - (q_1 - q_2) / beta)^2,   q_i = P(y_i beats y''), y'' an opponent that both responses share
 
-    Its update is `look_ahead`, which games have (`prefopt play`) and language models do not yet: two gradients, two rounds of
-    sampling and one copy of what trains. The rewards of the responses are their win rates against the group's opponents, rows
-    with train False; the responses should be as good as uniform (the authors: temperature 2, top-k 10), the opponents those of
-    the policy.
+    Its update is `look_ahead`: two gradients, two rounds of opponents and one copy of what trains. The rewards of the responses
+    are their win rates against the group's opponents, rows with train False of the policy; the responses should be as good as
+    uniform (the authors: temperature 2, top-k 10). A run on its own samples has all of that unless it says otherwise.
 
     beta        weight of the KL to the reference
     Departs     log-probabilities are summed, as in the theory; the authors' trainer divides them by the length

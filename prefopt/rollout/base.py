@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
@@ -90,6 +90,11 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Frees what the engine holds."""
+
+    def playing(self, roles: Mapping[str, float]) -> Engine:
+        """The sampler that plays other roles than the policy, {"reference": 1.0}, or mixes several by their weights."""
+        raise ValueError(f"{type(self).__name__} holds the policy alone and cannot play {' and '.join(roles)}: set "
+                         f"rollout.sampler to transformers, or take opponents of the policy (rollout.program: against_policy)")
 
     def __call__(self, prompts: Sequence[Prompt], *, n: int, max_new_tokens: int | Sequence[int] = 256,
                  temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, stop: Sequence[str] = (),

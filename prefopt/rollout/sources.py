@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data_tools.batch import Batch
 from data_tools.records import Group
@@ -241,8 +242,8 @@ class Rollouts:
 
     def __init__(self, source: GroupSource, encode: Callable[[list[Group]], Batch], prompts_per_step: int, *, prompts: int,
                  epochs: float = 1.0, rank: int = 0, ranks: int = 1, labels: bool = False,
-                 filtered: OnPolicy | None = None):
-        self.source, self.encode, self.labels, self.filtered = source, encode, labels, filtered
+                 filtered: OnPolicy | None = None, again: Callable[[list[Group], int], list[Group]] | None = None):
+        self.source, self.encode, self.labels, self.filtered, self.again = source, encode, labels, filtered, again
         self.share = len(np.array_split(np.arange(prompts_per_step), ranks)[rank])
         if not self.share:
             raise ValueError(f"{ranks} processes share {prompts_per_step} prompts per step: raise train.groups_per_step to at "
@@ -254,10 +255,23 @@ class Rollouts:
     def __iter__(self) -> Iterator[tuple[Batch, None]]:
         while True:
             self.groups = self.source.draw(self.share)
-            if self.labels:
-                for group in self.groups:
-                    group.relevance = [r.scores.get("reward") for r in group.responses]
-            yield self.encode(self.groups), None
+            yield self.labelled(self.groups), None
+
+    def labelled(self, groups: list[Group]) -> Batch:
+        for group in groups if self.labels else ():
+            group.relevance = [r.scores.get("reward") for r in group.responses]
+        return self.encode(groups)
+
+    def renewed(self, version: int) -> dict[str, Tensor]:
+        """What the step's responses are worth against fresh opponents, drawn from weights of this version, as the columns of the
+        same rows. The rewards are kept with the responses, as meta["ahead"]."""
+        fresh = self.again(deepcopy(self.groups), version)
+        for group, other in zip(self.groups, fresh, strict=True):
+            for response, again in zip(group.responses, other.responses, strict=True):
+                if "reward" in again.scores:
+                    response.meta["ahead"] = again.scores["reward"]
+        batch = self.labelled(fresh)
+        return {c: batch[c] for c in ("reward", "relevance", "wins") if c in batch}
 
     def feed(self, batch: Batch) -> None:
         trace(self.groups, batch)

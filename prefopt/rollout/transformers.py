@@ -3,21 +3,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_tools.columns import nearest
 from data_tools.encoding import Encoding, pad_token
 from prefopt.models import Trunk, is_peft
 from prefopt.ops import upcast
 from prefopt.rollout.base import Ask, Choice, Engine, Sample, check, decoded, end_tokens, fresh_seed, identify, noise, stop_at
 from prefopt.rollout.base import prompt_ids as prompt_ids
 
-__all__ = ["Decoder", "Sampler", "continuations", "distribution", "drawn", "prompt_ids"]
+__all__ = ["Decoder", "Sampler", "Voice", "continuations", "distribution", "drawn", "prompt_ids"]
 
 PREFILL = 16_384                                              # tokens of prompts in one forward pass
 
@@ -32,14 +34,34 @@ class Sampler(Engine):
     the border between two tokens: matrix products of other sizes round differently.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, *, batch: int = 64, encoding: Encoding = Encoding()):
+    def __init__(self, model: nn.Module, tokenizer, *, batch: int = 64, encoding: Encoding = Encoding(),
+                 others: Mapping[str, nn.Module] = MappingProxyType({})):
         self.tokenizer, self.batch, self.encoding, self.version = tokenizer, batch, encoding, None
-        self.decoder = self.of(model)
+        self.others, self.decoder = others, self.of(model)
 
-    def of(self, model: nn.Module) -> Decoder:
-        own = model.get_base_model() if is_peft(model) else model
-        return Decoder(model, end_tokens(self.tokenizer, own.generation_config, self.encoding), pad_token(self.tokenizer),
+    def of(self, *voices: nn.Module | Voice) -> Decoder:
+        first = voices[0].model if isinstance(voices[0], Voice) else voices[0]
+        own = first.get_base_model() if is_peft(first) else first
+        return Decoder(voices, end_tokens(self.tokenizer, own.generation_config, self.encoding), pad_token(self.tokenizer),
                        self.batch, self.tokenizer)
+
+    def playing(self, roles: Mapping[str, float]) -> Sampler:
+        """The sampler of the geometric mixture, token by token: its logits are the sum of those of the roles, weighed.
+
+        Roles are the policy and `others`; with adapters the reference may be the policy without them.
+        """
+        policy = self.decoder.model
+        other = Sampler(policy, self.tokenizer, batch=self.batch, encoding=self.encoding, others=self.others)
+        other.decoder, other.version = self.of(*(self.voice(role, share, policy) for role, share in roles.items())), self.version
+        return other
+
+    def voice(self, role: str, share: float, policy: nn.Module) -> Voice:
+        known = {"policy": policy, **self.others}
+        if role == "reference" and role not in known and is_peft(policy):
+            return Voice(policy, share, bare=True)
+        if role not in known:
+            raise ValueError(f"the sampler holds no {role!r}{nearest(role, known)}; it holds: {', '.join(known)}")
+        return Voice(known[role], share)
 
     def continued(self, asks: Sequence[Ask], choice: Choice) -> list[list[Sample]]:
         return self.decoder(asks, choice)
@@ -65,7 +87,7 @@ def continuations(model: nn.Module, prompts: Sequence[Tensor], *, n: int, max_ne
     ids, seed = [p.tolist() for p in prompts], fresh_seed()
     asks = [Ask(i, noise(seed, key), n, max_new_tokens) for i, key in zip(ids, identify(ids), strict=True)]
     check(asks)
-    made = Decoder(model, ends, pad, len(ids) * n)(asks, Choice(temperature, top_p, top_k))
+    made = Decoder([model], ends, pad, len(ids) * n)(asks, Choice(temperature, top_p, top_k))
     return [[torch.tensor(s.tokens, device=p.device) for s in samples] for p, samples in zip(prompts, made, strict=True)]
 
 
@@ -144,23 +166,18 @@ class Stopping:
 
 
 @dataclass
-class Decoder:
-    """Continues ids by the model's own body, head and cache.
+class Voice:
+    """A model that takes part in what is sampled: its logits count `share`. `bare` leaves its adapters off.
 
-    Every different prompt is read once, and its cache is repeated for its rows; `batch` rows grow together, those of long
-    prompts first, and the cache drops rows that ended when they are a quarter. Padding is on the left. `counts` holds
-    forward passes, prompt tokens read, padding among them, and tokens that rows fed back, ended rows included.
+    Reads and continues ids by the model's own body, head and cache.
     """
     model: nn.Module
-    ends: Sequence[int]
-    pad: int
-    batch: int
-    tokenizer: object = None
-    prefill: int = PREFILL
-    counts: dict = field(default_factory=lambda: {"forwards": 0, "prompt": 0, "padding": 0, "decoded": 0})
+    share: float = 1.0
+    bare: bool = False
+    forwards: int = 0
 
     def __post_init__(self):
-        self.trunk = Trunk(self.model)
+        self.trunk = Trunk(self.model, packing=False)
         base = self.model.get_base_model() if is_peft(self.model) else self.model
         self.config = base.config
         known = signature(self.trunk.body.forward).parameters
@@ -170,6 +187,66 @@ class Decoder:
                              f"nor cache_params), so that the embedded sampler cannot run it: sample with vLLM")
         self.positions = "position_ids" in known
         self.places = getattr(base.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+
+    def speaking(self):
+        return self.model.disable_adapter() if self.bare else nullcontext()
+
+    def read(self, ids: Tensor, attend: Tensor, width: int) -> tuple[Tensor, object]:
+        """Last states (N, D) of the prompts and the cache of all their tokens, made `width` columns at a time."""
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+        if not self.trunk.checked:
+            self.trunk.check(ids[:1, attend[0].argmax():])
+        cache = DynamicCache(config=self.config)
+        plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+        width = width if plain else ids.shape[1]              # other states are made in one piece
+        position = (attend.cumsum(1) - 1).clamp(min=0)
+        for start in range(0, ids.shape[1], width):
+            part = slice(start, start + width)
+            hidden = self.forward(ids[:, part], attend[:, :start + width], position[:, part], cache)
+        return hidden, cache
+
+    def forward(self, ids: Tensor, attend: Tensor, position: Tensor, cache) -> Tensor:
+        """The state after the last of these tokens, (N, D). States of other caches than of keys have no padding left."""
+        self.forwards += 1
+        more = {"position_ids": position} if self.positions else {}
+        seen = attend if self.cache == "past_key_values" or ids.shape[1] > 1 else None
+        with self.speaking():
+            return self.trunk.body(input_ids=ids, attention_mask=seen, use_cache=True, **{self.cache: cache},
+                                   **more).last_hidden_state[:, -1]
+
+    def logits(self, state: Tensor) -> Tensor:
+        with self.speaking():
+            return self.share * upcast(self.trunk.head(state))
+
+
+@dataclass
+class Decoder:
+    """Continues ids by one model, or by several whose logits are summed.
+
+    Every different prompt is read once, and its cache is repeated for its rows; `batch` rows grow together, those of long
+    prompts first, and the cache drops rows that ended when they are a quarter. Padding is on the left. `counts` holds
+    forward passes, prompt tokens read, padding among them, and tokens that rows fed back, ended rows included; all of one model.
+    """
+    voices: Sequence[nn.Module | Voice]
+    ends: Sequence[int]
+    pad: int
+    batch: int
+    tokenizer: object = None
+    prefill: int = PREFILL
+    counts: dict = field(default_factory=lambda: {"forwards": 0, "prompt": 0, "padding": 0, "decoded": 0})
+
+    def __post_init__(self):
+        self.voices = [v if isinstance(v, Voice) else Voice(v) for v in self.voices]
+        if len(sizes := {v.trunk.vocabulary for v in self.voices}) > 1:
+            raise ValueError(f"a mixture needs models of one vocabulary, and these know {' and '.join(map(str, sorted(sizes)))} "
+                             f"tokens: take a reference that was built like the policy")
+        self.trunk, self.places = self.voices[0].trunk, min(v.places for v in self.voices)
+
+    @property
+    def model(self) -> nn.Module:
+        """The first of the models."""
+        return self.voices[0].model
 
     @torch.no_grad()
     def __call__(self, asks: Sequence[Ask], choice: Choice) -> list[list[Sample]]:
@@ -186,13 +263,16 @@ class Decoder:
             limit = int(min(ask.limit, self.places - len(ask.ids)))
             prompts.setdefault(tuple(ask.ids), []).extend(Row((a, j), ask.noise + j, limit) for j in range(ask.n))
         stopping = Stopping(choice.stop, self.tokenizer)
-        with evaluation(self.model):
+        with ExitStack() as modes:
+            for voice in self.voices:
+                modes.enter_context(evaluation(voice.model))
             try:
                 for pack in packs(prompts, self.batch):
                     self.sample(pack, choice, stopping)
             except torch.OutOfMemoryError as error:
                 raise RuntimeError(f"the sampler ran out of memory with {self.batch} responses at a time: lower its batch "
                                    f"({str(error).splitlines()[0]})") from error
+        self.counts["forwards"] = self.voices[0].forwards
         made = {row.home: Sample(row.tokens, row.logp, row.stopped) for rows in prompts.values() for row in rows}
         return [[made[a, j] for j in range(ask.n)] for a, ask in enumerate(asks)]
 
@@ -203,47 +283,28 @@ class Decoder:
                                         padding_side="left").to(device)
         length = torch.tensor([len(p) for p in pack], device=device)
         attend = (torch.arange(ids.shape[1], device=device) >= ids.shape[1] - length[:, None]).long()
-        if not self.trunk.checked:
-            self.trunk.check(ids[:1, ids.shape[1] - length[0]:])
-        state, cache = self.read(ids, attend)
+        read = [voice.read(ids, attend, max(1, self.prefill // len(ids))) for voice in self.voices]
+        self.counts["prompt"] += int(attend.sum())
+        self.counts["padding"] += int((1 - attend).sum())
         rows = [(n, row) for n, rows in enumerate(pack.values()) for row in rows]
         for start in range(0, len(rows), self.batch):
             places, some = zip(*rows[start:start + self.batch], strict=True)
-            of = torch.tensor(places, device=device)
-            own = cache if start + self.batch >= len(rows) else copy.deepcopy(cache)
-            own.reorder_cache(of)
-            self.grow(list(some), own, state[of], attend[of], choice, stopping)
+            of, last = torch.tensor(places, device=device), start + self.batch >= len(rows)
+            caches = [cache if last else copy.deepcopy(cache) for _, cache in read]
+            for cache in caches:
+                cache.reorder_cache(of)
+            self.grow(list(some), caches, [state[of] for state, _ in read], attend[of], choice, stopping)
 
-    def read(self, ids: Tensor, attend: Tensor) -> tuple[Tensor, object]:
-        """Last states (N, D) of the prompts and the cache of all their tokens, made within a budget of tokens."""
-        from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-        cache = DynamicCache(config=self.config)
-        plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-        width = max(1, self.prefill // len(ids)) if plain else ids.shape[1]            # other states are made in one piece
-        position = (attend.cumsum(1) - 1).clamp(min=0)
-        for start in range(0, ids.shape[1], width):
-            part = slice(start, start + width)
-            hidden = self.forward(ids[:, part], attend[:, :start + width], position[:, part], cache)
-        self.counts["prompt"] += int(attend.sum())
-        self.counts["padding"] += int((1 - attend).sum())
-        return hidden, cache
-
-    def forward(self, ids: Tensor, attend: Tensor | None, position: Tensor, cache) -> Tensor:
-        """The state after the last of these tokens, (N, D)."""
-        self.counts["forwards"] += 1
-        more = {"position_ids": position} if self.positions else {}
-        return self.trunk.body(input_ids=ids, attention_mask=attend, use_cache=True, **{self.cache: cache},
-                               **more).last_hidden_state[:, -1]
-
-    def grow(self, rows: list[Row], cache, state: Tensor, attend: Tensor, choice: Choice, stopping: Stopping) -> None:
-        """Rows token by token until all have ended."""
-        device, ends, width = state.device, set(self.ends), attend.shape[1]
+    def grow(self, rows: list[Row], caches: list, states: list[Tensor], attend: Tensor, choice: Choice,
+             stopping: Stopping) -> None:
+        """Rows token by token until all have ended; a cache and a state of each model."""
+        device, ends, width = attend.device, set(self.ends), attend.shape[1]
         most = max(row.limit for row in rows)
         uniform = torch.from_numpy(np.stack([uniforms(row.stream, most) for row in rows])).to(device)
         attend, position = nn.functional.pad(attend, (0, most), value=1), attend.sum(1)
         for step in range(most):
-            logp = distribution(self.trunk.head(state), choice)
+            logits = [voice.logits(state) for voice, state in zip(self.voices, states, strict=True)]
+            logp = distribution(sum(logits[1:], logits[0]), choice)
             if bool(logp[:, 0].isnan().any()):                # one number that is not finite makes them all NaN
                 raise RuntimeError(f"{self.trunk.name} gives logits that are not finite after {step} sampled tokens: its "
                                    f"weights are broken, or its dtype is too narrow")
@@ -256,11 +317,12 @@ class Decoder:
                 return
             if 4 * len(left) <= 3 * len(rows):
                 keep = torch.tensor(left, device=device)
-                cache.reorder_cache(keep)
+                for cache in caches:
+                    cache.reorder_cache(keep)
                 rows = [rows[k] for k in left]
                 uniform, attend, position, token = uniform[keep], attend[keep], position[keep], token[keep]
-            seen = attend[:, :width + step + 1] if self.cache == "past_key_values" else None       # states have no padding left
-            state = self.forward(token[:, None], seen, (position + step)[:, None], cache)
+            seen, at = attend[:, :width + step + 1], (position + step)[:, None]
+            states = [voice.forward(token[:, None], seen, at, cache) for voice, cache in zip(self.voices, caches, strict=True)]
             self.counts["decoded"] += len(rows)
 
 

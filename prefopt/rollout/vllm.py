@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.encoding import Encoding
+from prefopt.layout import padded
 from prefopt.models import Trunk, is_peft
 from prefopt.ops import processes
 from prefopt.rollout.base import Ask, Choice, Engine, Sample, StaleSampler, end_tokens
@@ -266,7 +267,7 @@ def agree(model: nn.Module, scored: Callable[[list[int]], list[float]], dtype: s
     ids = [(7919 * k + 13) % trunk.vocabulary for k in range(24)]
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     with torch.no_grad(), evaluation(model):
-        logp = distribution(trunk.head(trunk(tokens)[0, :-1]), Choice())
+        logp = distribution(trunk.head(trunk(padded({"tokens": tokens, "attend": torch.ones_like(tokens)}))[:-1]), Choice())
     expected = logp.gather(1, tokens[0, 1:, None])[:, 0].cpu()
     own = str(next(model.parameters()).dtype).removeprefix("torch.")
     gap, most = float((torch.tensor(scored(ids)) - expected).abs().mean()), max(APART[dtype], APART.get(own, 0.0))
