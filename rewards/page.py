@@ -10,7 +10,9 @@ from typing import NamedTuple
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-__all__ = ["CSS", "Series", "chart", "environment", "render"]
+from data_tools.page import HEAD
+
+__all__ = ["CSS", "HEAD", "Series", "chart", "environment", "render"]
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1c2126; --soft: #5b6570; --line: #d5dae0; --paper: #ffffff; --panel: #f5f7f9;
@@ -55,11 +57,6 @@ pre.chosen { border-left: 3px solid rgb(var(--good)); } pre.rejected { border-le
   .scroll { overflow: visible; } table { font-size: 9px; } th, td { padding: .15rem .35rem; }
   .filter { display: none; } figure, tr { break-inside: avoid; } @page { size: A4 landscape; margin: 12mm; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
-"""
-HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{{ title }}</title><style>{{ css }}</style></head><body>
 """
 PAGE = HEAD + """
 <h1>Reward bench</h1>

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+from data_tools.page import short, ticks
 from prefopt.report.folders import Curve, thinned
 
 __all__ = ["Line", "chart", "logarithmic", "short", "ticks"]
@@ -21,37 +22,6 @@ class Line(NamedTuple):
     colour: int
     curve: Curve
     held_out: bool = False
-
-
-def short(value: float) -> str:
-    """A number in few characters.
-
-    >>> short(0.0), short(12345.0), short(2.5e-7), short(0.30000000000000004)
-    ('0', '12.3k', '2.5e-7', '0.3')
-    """
-    size = abs(value)
-    if size < 1e-12:
-        return "0"
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= unit:
-            return f"{value / (1e3 if letter == 'k' else unit):.3g}{letter}"
-    if size < 1e-3:
-        digits, power = f"{value:.1e}".split("e")
-        return f"{digits.removesuffix('.0')}e{int(power)}"
-    return f"{value:.4g}"
-
-
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers between `low` and `high`.
-
-    >>> ticks(0.0, 1.0)
-    [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0]
-    """
-    raw = (high - low) / count or 1.0
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def logarithmic(values: Sequence[float]) -> bool:
