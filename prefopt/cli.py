@@ -6,22 +6,19 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
 from prefopt import __version__
+from prefopt.console import COLOURS, argument, console, grid, say, stderr
+from prefopt.data_cli import app as data_app
 from prefopt.findings import TELLING, exists, sentence
 from rewards.cli import app as reward_app
-
-COLOURS = {"ok": "green", "missing": "dim", "warning": "yellow", "error": "red"}
-console, stderr = Console(highlight=False), Console(highlight=False, stderr=True)
 
 
 class Readable(TyperGroup):
@@ -41,30 +38,15 @@ class Readable(TyperGroup):
             raise typer.Exit(130) from None
 
 
-def say(level: str, text: str) -> None:
-    stderr.print(Text(f"{level}: ", style=COLOURS[level]).append(text, style="default"))
-
-
 app = typer.Typer(cls=Readable, no_args_is_help=True, rich_markup_mode="markdown", add_completion=False,
                   pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown",
-                       help="Check, convert and describe preference data.")
 app.add_typer(data_app, name="data")
 app.add_typer(reward_app, name="reward")
-
-
-def argument(metavar: str, text: str):
-    return typer.Argument(metavar=metavar, help=text, show_default=False)
 
 
 RunFile = Annotated[Path, argument("RUN.yaml", "The run: recipe, policy, data, train, ...")]
 Settings = Annotated[list[str] | None, argument(
     "a.b=c", "Settings that go before those of the file, for instance `train.lr=1e-6 set.beta=0.5`. Values are YAML.")]
-Source = Annotated[str, argument("IN", "A file, glob, folder or hub id.")]
-Format = Annotated[str | None, typer.Option(help="Format of the data. Left out: found by the keys of a record.")]
-Rename = Annotated[list[str] | None, typer.Option(
-    metavar="KEY=COLUMN", help="Which column of the data plays the part of KEY, as in `--column chosen=better`. May be "
-                               "repeated.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Stop after this many groups.")]
 
 
@@ -113,6 +95,8 @@ def train(
 ):
     """Train a policy or a reward model.
 
+    With a block `iterate` these are rounds of sampling, scoring, selecting and training on what was selected.
+
     The folder `out` gets the model, metrics.jsonl, the resolved run.yaml, what departs from the recipe, samples of what
     the model saw, and checkpoints if `train.save_every` is set. Ctrl-C finishes the step and saves a checkpoint.
 
@@ -131,16 +115,19 @@ def train(
     run = load(run_file, settings or [])
     from prefopt.checkpoints import latest
     from prefopt.explain import plan
+    from prefopt.iterate import iterate
     from prefopt.train import train
     visible = not quiet and int(os.environ.get("RANK", "0")) == 0
     for setting, model in (("policy", run.policy), ("reference", run.reference)):
         if model:
             exists(f"{setting}.name", model.name)
-    if resume and not latest(Path(run.out) / "checkpoints"):
+    if resume and not run.iterate and not latest(Path(run.out) / "checkpoints"):
         say("warning", f"--resume: there is no checkpoint in {run.out}, so the run starts from the beginning")
     if visible:
         console.print(grid(plan(run).items()))
-    result = train(run, resume=resume, show=not quiet)
+    result = (iterate if run.iterate else train)(run, resume=resume, show=not quiet)
+    if visible and run.iterate:
+        rounds(Path(run.out))
     if visible:
         finished(result, run.expect)
     for text in result.failed:
@@ -153,6 +140,13 @@ def train(
 
 
 reward_app.command("train")(train)                            # a reward model is a run like any other
+
+
+def rounds(out: Path) -> None:
+    """The rounds of an iterative run, a line for each."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    names = [k for k in ("reward", "selected", "loss", "accuracy", "kl/ref", "eval/reward") if any(k in line for line in lines)]
+    console.print(grid([(str(line["step"]), *(number(line.get(k)) for k in names)) for line in lines], head=("round", *names)))
 
 
 def finished(result, expect: dict[str, str]) -> None:
@@ -461,142 +455,7 @@ def explain(
     explain.show(explain.pages(name, departures), console)
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
-@data_app.command()
-def validate(
-    files: Annotated[list[str], argument("FILE...", "Files, globs, folders or hub ids.")],
-    format: Format = None,
-    column: Rename = None,
-    limit: Limit = None,
-    pairs: Annotated[bool, typer.Option("--pairs", help="Also ask for two compared responses in every group.")] = False,
-):
-    """Find everything that is wrong with preference data, and where.
-
-    Exit code 0: all records are good. 1: some are not.
-
-    Examples:
-
-        prefopt data validate pairs.jsonl
-        prefopt data validate 'data/*.parquet' --pairs --column chosen=better --column rejected=worse
-    """
-    from data_tools import formats, validate
-    checks, bad = (*validate.CHECKS, *([validate.paired] if pairs else [])), False
-    for name in files:
-        try:
-            groups = formats.load(name, format=format, columns=renamed(column), limit=limit)
-            found = validate.validate(groups, checks=checks)
-            bad = bad or bool(found.counts) or not found.groups
-        except (ValueError, OSError) as problem:              # nothing of this file can be read; on to the next
-            found, bad = sentence(problem), True
-        console.print(Text(f"{'' if str(found).startswith(name) else f'{name}: '}{found}"), soft_wrap=True)
-    raise typer.Exit(int(bad))
-
-
-@data_app.command()
-def convert(
-    source: Source,
-    target: Annotated[Path, argument("OUT", "A .jsonl, .jsonl.gz or .parquet file.")],
-    to: Annotated[str, typer.Option(help="Format of OUT: group (keeps everything), pair, unpaired, stepwise, "
-                                         "demonstration or prompts (columns as in TRL).")] = "group",
-    split: Annotated[str | None, typer.Option(help="Take groups apart: all_pairs, best_worst or singles.")] = None,
-    format: Format = None,
-    column: Rename = None,
-    limit: Limit = None,
-    skip: Annotated[bool, typer.Option("--skip", help="Leave out records that are not good, and count them, instead of "
-                                                      "stopping at the first.")] = False,
-):
-    """Convert preference data from any format that prefopt reads.
-
-    OUT appears when it is complete; until then a file of that name stays as it was.
-
-    Examples:
-
-        prefopt data convert ultrafeedback.jsonl pairs.jsonl --to pair --split best_worst
-        prefopt data convert ratings.csv groups.jsonl --format ranked --column responses=answers
-        prefopt data convert pairs.parquet feedback.jsonl.gz --to unpaired --split singles
-    """
-    from data_tools import formats, validate
-    from data_tools.fields import DataError
-    if target.exists() and str(target) == source:
-        raise ValueError(f"{target} is both read and written: give another name")
-    groups = validate.checked(formats.load(source, format=format, columns=renamed(column), limit=limit),
-                              on_bad="skip" if skip else "error")
-    barren: list[str] = []
-    try:
-        count = formats.dump(apart(groups, split, barren) if split else groups, target, format=to)
-    except DataError as problem:
-        hint = problem.problem == "does not fit" and not split
-        raise ValueError(f"{problem}{'. See --split, which takes groups apart' * hint}") from None
-    console.print(f"{count:,} record{'s' * (count != 1)} written to {target}", soft_wrap=True)
-    if barren:
-        say("warning", f"{len(barren):,} groups gave no record: ties, or no labels. The first is {barren[0]}")
-
-
-def apart(groups: Iterable, how: str, barren: list[str]) -> Iterator:
-    """Groups taken apart as `how` says; the places of those that give nothing go to `barren`."""
-    from data_tools import labels
-    from data_tools.columns import nearest
-    from data_tools.fields import PLACE
-    ways = {"all_pairs": lambda g: labels.split(g, labels.pairs(labels.wins_of(g))), "singles": labels.singles,
-            "best_worst": lambda g: labels.split(g, labels.best_worst(
-                g.relevance if g.wins is None else labels.lipo(g.wins)))}
-    if how not in ways:
-        raise ValueError(f"--split {how!r} is not known{nearest(how, ways)}; known: {', '.join(ways)}")
-    for group in groups:
-        pieces = ways[how](group) if group.relevance or group.wins else []
-        barren += [] if pieces else [group.meta.get(PLACE, "")]
-        yield from pieces
-
-
-@data_app.command()
-def describe(
-    source: Source,
-    tokenizer: Annotated[str | None, typer.Option(metavar="MODEL", help="Also count tokens, with the tokenizer of this "
-                                                                        "folder or hub id.")] = None,
-    format: Format = None,
-    column: Rename = None,
-    limit: Limit = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-):
-    """Describe preference data.
-
-    Sizes, lengths, labels, position and length bias, duplicates, agreement of annotators: in one pass.
-
-    Examples:
-
-        prefopt data describe pairs.jsonl
-        prefopt data describe pairs.jsonl --tokenizer Qwen/Qwen2.5-0.5B-Instruct --json
-    """
-    from data_tools import describe, formats
-    count = None
-    if tokenizer:
-        from prefopt.models import load_tokenizer
-        count = load_tokenizer(tokenizer)
-    found = describe.describe(formats.load(source, format=format, columns=renamed(column), limit=limit), count)
-    print(json.dumps(found, indent=1) if as_json else describe.render(found))
-
-
-def renamed(columns: list[str] | None) -> dict[str, str] | None:
-    pairs = [item.partition("=") for item in columns or []]
-    if wrong := [f"{a}{sign}{b}" for a, sign, b in pairs if not (a and b)]:
-        raise ValueError(f"--column {wrong[0]} is not of the form KEY=COLUMN")
-    return {key: name for key, _, name in pairs} or None
-
-
 # -------------------------------------------------------------------------------------------------------------- tables
-def grid(rows: Iterable[Sequence[str]], *, head: Sequence[str] = ()) -> Table:
-    """Rows of text in columns. With a head, the columns between the first and the last hold numbers."""
-    rows = list(rows)
-    table = Table(box=None, show_header=bool(head), padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for place in range(len(rows[0]) if rows else 0):
-        numeric = head and 0 < place < len(head) - 1
-        table.add_column(head[place] if head else "", style="" if place else "cyan", no_wrap=place == 0,
-                         justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
-
-
 def number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 

@@ -143,7 +143,7 @@ class Iterate(Settings):
     """Rounds of sampling from the policy, scoring (both as `rollout` says), selecting and training on what was selected."""
     rounds: int = Field(3, ge=1)
     prompts: int | None = Field(None, ge=1)                   # of a round, the next ones; all when left out
-    select: str | dict = "best_worst"                         # what of a group is trained on: prefopt.iterate, or module:name
+    select: str | dict = "best_worst"                         # what of a group is trained on: a rule of data_tools.select
     labels: Literal["hard", "soft"] = "hard"                  # who has the higher reward, or wins as probabilities
     reference: Literal["previous", "first"] = "previous"      # the policy that sampled, or the first one
     momentum: float = Field(0.0, ge=0, lt=1)                  # of the solutions (APO): the next policy goes on by so much

@@ -240,7 +240,7 @@ def plan(run: Run) -> dict[str, str]:
                      f"({t.schedule})",
            "rollout": rollout_of(run), "rewards": rewards_of(run),
            "each step": "; ".join([*(p for p in passes(objective) if p not in idle),
-                                   f"in micro-batches {f'of up to {t.tokens:,} tokens' if t.tokens else 'that suit the device'}"]),
+                                   f"in micro-batches {f'of {t.tokens:,} tokens' if t.tokens else 'that suit the device'}"]),
            "results": run.out}
     if not objective.bounded:
         out["careful"] = UNBOUNDED

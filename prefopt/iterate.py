@@ -22,59 +22,39 @@ from functools import cache, partial
 from inspect import signature
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from data_tools import labels
+from data_tools import select
 from data_tools.columns import nearest
 from data_tools.records import Group
 from prefopt import checkpoints, folder, online, parts, setup
 from prefopt.config import Model, Run, make, named
 from prefopt.models import load_policy
-from prefopt.rollout.base import noise
 from prefopt.rollout.orders import Ordered
 from prefopt.rollout.sources import measured
 from prefopt.train import Result, train, unmet
 
-__all__ = ["all_pairs", "best_worst", "everything", "iterate", "random_pair", "rule"]
+__all__ = ["everything", "iterate", "rule"]
 
 PIECE = 64                                                    # prompts that are sampled, and scored, at once
 Rule = Callable[[Group], list[Group]]
 
 
 # ------------------------------------------------------------------------------------------------------------- selection
-def best_worst(group: Group, *, margin=0.0) -> list[Group]:
-    """The best and the worst response, if they are `margin` apart.
-
-    >>> from data_tools.records import Response
-    >>> [[r.text for r in g.responses] for g in best_worst(Group("?", [Response("a"), Response("b")], relevance=[0.0, 1.0]))]
-    [['b', 'a']]
-    """
-    return labels.split(group, labels.best_worst(group.relevance, margin=margin))
-
-
-def all_pairs(group: Group, *, margin=0.0) -> list[Group]:
-    """Every pair of responses that are `margin` apart (DNO-Prct), the better one first."""
-    return labels.split(group, labels.apart(group.relevance, margin=margin))
-
-
-def random_pair(group: Group) -> list[Group]:
-    """Two responses by chance, if one is better. The prompt's place in the run decides."""
-    drawn = np.random.default_rng(noise("pair", group.meta["key"])).permutation(len(group.responses))[:2].tolist()
-    return labels.split(group, [(i, j) for i, j in labels.apart(group.relevance) if {i, j} == set(drawn)])
-
-
 def everything(group: Group) -> list[Group]:
     """All responses, if there are two."""
     return [group] if len(group.responses) > 1 else []
 
 
 def rule(spec: str | Mapping) -> Rule:
-    """A rule of selection from YAML: 'name' or {name: {argument: value}}, of this module or 'module:name'."""
+    """A rule of selection from YAML, 'name' or {name: {argument: value}}: `everything`, a rule for one group of
+    `data_tools.select`, or 'module:name'."""
     name, arguments = named(spec)
-    found = parts.find(name, __name__) if ":" in name or name in RULES else None
+    rules = {n: getattr(select, n) for n in select.__all__}
+    known = {"everything": everything, **{n: f for n, f in rules.items() if "group" in signature(f).parameters}}
+    found = parts.find(name, "") if ":" in name else known.get(name)
     if found is None:
-        raise ValueError(f"iterate.select: there is no rule {name!r}{nearest(name, RULES)}; rules: {', '.join(RULES)}, or "
+        raise ValueError(f"iterate.select: there is no rule {name!r}{nearest(name, known)}; rules: {', '.join(known)}, or "
                          f"'module:name'")
     allowed = [p.name for p in signature(found).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if wrong := [k for k in arguments if k not in allowed]:
@@ -83,13 +63,23 @@ def rule(spec: str | Mapping) -> Rule:
     return partial(found, **arguments)
 
 
-RULES = ("best_worst", "all_pairs", "random_pair", "everything")
-
-
 def selected(run: Run, groups: Sequence[Group]) -> list[Group]:
-    """What is trained on: of the responses of the policy those that the rule takes, with their rewards as labels."""
-    chosen = rule(run.iterate.select)
-    return [one for group in groups for one in chosen(labelled(group, soft=run.iterate.labels == "soft"))]
+    """What is trained on: of the responses of the policy those that the rule takes, with their rewards as labels, or with who
+    beats whom where labels are soft."""
+    chosen, found = rule(run.iterate.select), []
+    for group in groups:
+        labels = labelled(group, soft=run.iterate.labels == "soft")
+        found += [softened(one, labels) for one in chosen(labels)]
+    return found
+
+
+def softened(group: Group, whole: Group) -> Group:
+    """A group that was selected from `whole`, with its wins."""
+    if whole.wins is None:
+        return group
+    place = {id(r): i for i, r in enumerate(whole.responses)}
+    at = [place[id(r)] for r in group.responses]
+    return replace(group, wins=[[whole.wins[i][j] for j in at] for i in at], relevance=None)
 
 
 def labelled(group: Group, *, soft: bool) -> Group:

@@ -216,7 +216,10 @@ def test_run_files_of_the_quickstart_go_where_they_are_told(toy, tmp_path, monke
     run = sys.modules["run"]
     size = run.TOY if toy else run.Size()
     assert set(size.settings) <= {path.stem for path in (COOKBOOK / "quickstart").glob("*.yaml")}
-    for path in (COOKBOOK / "quickstart").glob("*.yaml"):
+    run.copied("pairs", tmp_path)
+    plan = data_cli.pipeline(tmp_path / "pairs.yaml", [])
+    assert "runs/quickstart" not in repr(plan) and plan.out == tmp_path / "data"
+    for path in set((COOKBOOK / "quickstart").glob("*.yaml")) - set(PIPELINES):
         found = run.run_file(path.stem, tmp_path, 3, size)
         assert "runs/quickstart" not in repr(found) and found.train.seed == 3 and found.out == str(tmp_path / path.stem)
         assert config.load(tmp_path / path.name).recipe == found.recipe

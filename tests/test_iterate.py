@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from data_tools.records import Group, Response
 from prefopt.config import make
-from prefopt.iterate import all_pairs, best_worst, everything, iterate, labelled, policy, random_pair, rule, training
+from prefopt.iterate import everything, iterate, labelled, policy, rule, softened, training
 from prefopt.train import train
 
 GAME = {"game": {"payoff": "rps", "style": "test_self_play:style"}}
@@ -54,21 +54,11 @@ def texts(groups):
     return ["".join(r.text for r in g.responses) for g in groups]
 
 
-def test_rules_by_hand():
+def test_rules_are_those_of_the_data_tools():
     group = scored(0.2, 0.9, 0.5, 0.2)
-    assert texts(best_worst(group)) == ["r1r0"] and texts(best_worst(group, margin=0.8)) == []
-    assert texts(all_pairs(group)) == ["r1r0", "r1r2", "r1r3", "r2r0", "r2r3"]
-    assert texts(all_pairs(group, margin=0.4)) == ["r1r0", "r1r2", "r1r3"]
     assert texts(everything(group)) == ["r0r1r2r3"] and everything(scored(1.0)) == []
-    assert all(g.relevance == [1.0, 0.0] for g in all_pairs(group))
-    drawn = texts(random_pair(group))
-    assert drawn == texts(random_pair(group)) and set(drawn) <= set(texts(all_pairs(group)))
-    assert best_worst(scored(0.5, 0.5)) == all_pairs(scored(0.5, 0.5)) == random_pair(scored(0.5, 0.5)) == []
-
-
-def test_two_responses_leave_no_choice():
-    group = scored(0.1, 0.7)
-    assert texts(best_worst(group)) == texts(all_pairs(group)) == texts(random_pair(group)) == ["r1r0"]
+    for name, expected in (("best_worst", ["r1r0"]), ({"all_pairs": {"margin": 0.4}}, ["r1r0", "r1r3", "r1r2"])):
+        assert texts(rule(name)(group)) == expected and all(g.relevance == [1.0, 0.0] for g in rule(name)(group))
 
 
 def test_opponents_and_what_has_no_reward_are_left_aside():
@@ -78,12 +68,13 @@ def test_opponents_and_what_has_no_reward_are_left_aside():
     hard, soft = labelled(group, soft=False), labelled(group, soft=True)
     assert hard.wins is None and hard.relevance == [0.1, 0.4, 0.8] and texts([hard]) == ["r0r2r3"]
     assert soft.wins == [[0, 2, 3], [20, 22, 23], [30, 32, 33]]
-    assert all_pairs(soft)[0].wins == [[22, 20], [2, 0]] and all_pairs(soft)[0].relevance is None
+    pair = softened(rule("best_worst")(soft)[0], soft)
+    assert texts([pair]) == ["r3r0"] and pair.wins == [[33, 30], [3, 0]] and pair.relevance is None
 
 
 def test_rules_by_name():
     assert rule({"best_worst": {"margin": 0.3}}).keywords == {"margin": 0.3}
-    assert rule("test_iterate:everything").func is everything
+    assert rule("prefopt.iterate:everything").func is everything
     for wrong, said in (("best_wrost", "did you mean 'best_worst'"), ({"all_pairs": {"margins": 1}}, "did you mean 'margin'")):
         with pytest.raises(ValueError, match=said):
             rule(wrong)

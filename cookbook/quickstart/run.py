@@ -27,9 +27,10 @@ from transformers.utils.logging import disable_progress_bar
 from warmup import small_model, warm_up
 
 from data_tools.files import write
-from data_tools.formats import dump, load
-from data_tools.labels import split
+from data_tools.formats import load
+from data_tools.pipeline.driver import build
 from prefopt import config
+from prefopt.data_cli import pipeline, summary
 from prefopt.models import load_policy, load_tokenizer
 from prefopt.rollout.transformers import Sampler
 from prefopt.train import Result, train
@@ -79,7 +80,7 @@ def story(out: Path, seed: int, size: Size) -> dict:
         answers["warmup"] = accuracy(out / "warmup", asked.test)
 
     with stage("Its own answers become preference pairs", seconds):
-        make_pairs(out, asked)
+        make_pairs(out, seed)
 
     with stage("A reward model from the pairs", seconds):
         results["reward_model"] = train(run_file("reward_model", out, seed, size))
@@ -97,7 +98,7 @@ def story(out: Path, seed: int, size: Size) -> dict:
         follow("grpo_proxy_kl")
 
     return {"seed": seed, "size": asdict(size), "answers": answers, "cpu_seconds": seconds,
-            "smaller_is_right": smaller_is_right(out / "held_out.jsonl"),
+            "smaller_is_right": smaller_is_right(out / "data" / "pairs" / "held_out.jsonl"),
             "metrics": {name: result.metrics for name, result in results.items()},
             "failed": [f"{name}: {text}" for name, result in results.items() for text in result.failed]
             + broken_promises(answers, out, size)}
@@ -137,26 +138,16 @@ def learn(out: Path, seed: int, size: Size) -> None:
     model.save_pretrained(out / "warmup")
     tokenizer.save_pretrained(out / "warmup")
     asked = Problems(seed, size)
-    write((one.record() for one in asked.own), out / "prompts.jsonl")
-    write((one.record() for one in asked.held_out), out / "held_out_prompts.jsonl")
+    write(({**one.record(), "split": "train"} for one in asked.own), out / "prompts.jsonl")
+    write(({**one.record(), "split": "held_out"} for one in asked.held_out), out / "held_out_prompts.jsonl")
 
 
-def make_pairs(out: Path, asked: Problems) -> None:
-    model, tokenizer = load_policy(str(out / "warmup")), load_tokenizer(str(out / "warmup"))
-    for name, problems in {"pairs": asked.own, "held_out": asked.held_out}.items():
-        pairs = preferences(model, tokenizer, problems)
-        console.print(f"{dump(pairs, out / f'{name}.jsonl')} pairs in {out / f'{name}.jsonl'}")
-
-
-def preferences(model, tokenizer, asked: list[task.Problem], n: int = 8, per_prompt: int = 2) -> list:
-    """Up to `per_prompt` pairs of a right and a wrong answer among n samples of the model."""
-    groups = Sampler(model, tokenizer)([one.prompt for one in asked], n=n, max_new_tokens=24)
-    found = []
-    for group in task.mark(asked, groups):
-        right = [i for i, grade in enumerate(group.relevance) if grade == 1]
-        wrong = [i for i, grade in enumerate(group.relevance) if grade == 0]
-        found += split(group, list(zip(right, wrong, strict=False))[:per_prompt])
-    return found
+def make_pairs(out: Path, seed: int) -> None:
+    """The pipeline of pairs.yaml: out/data/pairs has train.jsonl and held_out.jsonl."""
+    copied("pairs", out)
+    built = build(pipeline(out / "pairs.yaml", [f"seed={seed}"]), overwrite=True)
+    console.print(summary(built.steps))
+    console.print(f"pairs: {built.splits}")
 
 
 def smaller_is_right(pairs: Path) -> Rate:
@@ -166,9 +157,13 @@ def smaller_is_right(pairs: Path) -> Rate:
     return Rate(sum(all(found) and int(found[0][1]) < int(found[1][1]) for found in answers), len(groups))
 
 
-def run_file(name: str, out: Path, seed: int, size: Size, *settings: str) -> config.Run:
-    """A run file of this folder with --out in the place of runs/quickstart; a copy lies in out."""
+def copied(name: str, out: Path) -> None:
+    """A file of this folder with --out in the place of runs/quickstart; the copy lies in out."""
     (out / f"{name}.yaml").write_text((HERE / f"{name}.yaml").read_text().replace("runs/quickstart", str(out)))
+
+
+def run_file(name: str, out: Path, seed: int, size: Size, *settings: str) -> config.Run:
+    copied(name, out)
     return config.load(out / f"{name}.yaml", [f"train.seed={seed}", *size.settings.get(name, ()), *settings])
 
 

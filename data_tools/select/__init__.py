@@ -18,6 +18,7 @@ from data_tools.select.pairs import (
     best_worst,
     differential_information,
     on_policy_margin,
+    random_pair,
     thresholds,
 )
 from data_tools.select.sampling import filtration, first_round, rejection, tournament
@@ -26,4 +27,4 @@ from data_tools.select.whole import coverage, easiest, hardest, length_balanced,
 __all__ = ["adjacent", "all_pairs", "at_least", "best_mean", "best_random", "best_worst", "between", "by_glicko", "by_irt",
            "by_irt_2pl", "coverage", "degree", "differential_information", "distinct", "easiest", "filtration", "first_round",
            "graded", "hardest", "length_balanced", "majority", "middle", "multiwinner", "on_policy_margin", "pass_rate",
-           "ranking", "rejection", "sample", "scored", "spread", "thresholds", "ties", "tournament", "votes"]
+           "random_pair", "ranking", "rejection", "sample", "scored", "spread", "thresholds", "ties", "tournament", "votes"]

@@ -10,7 +10,7 @@ from data_tools.rules import note, paired, scores, shuffled, widest
 from data_tools.select.sampling import accept
 
 __all__ = ["adjacent", "all_pairs", "best_mean", "best_random", "best_worst", "differential_information", "on_policy_margin",
-           "thresholds"]
+           "random_pair", "thresholds"]
 
 
 def best_worst(group: Group, *, score="reward", margin=0.0) -> list[Group]:
@@ -55,6 +55,27 @@ def best_random(group: Group, *, score="reward", margin=0.0, seed=0) -> list[Gro
     best = max(range(len(values)), key=values.__getitem__, default=None)
     worse = [(i, j) for i, j in labels.apart(values, margin=margin) if i == best]
     return paired(group, sorted(worse, key=lambda pair: order.index(pair[1]))[:1], values, "best_random")
+
+
+def random_pair(group: Group, *, score="reward", seed=0) -> list[Group]:
+    """Two responses by chance, the better one first.
+
+    {y, y'} ~ Uniform over all sets of two;   (y, y') if r(y) > r(y')
+
+    seed        with the texts decides which, whatever their order
+    Edge        equal scores are no pair
+    Relations   what online DPO and Nash-MD compare; `all_pairs` has every one of them
+    Departs     -
+    Reference   -
+
+    >>> from data_tools.records import Response
+    >>> two = Group("?", [Response("a", scores={"r": 1.0}), Response("b", scores={"r": 2.0})])
+    >>> [r.text for r in random_pair(two, score="r")[0].responses]
+    ['b', 'a']
+    """
+    values = scores(group, score)
+    drawn = {*shuffled(group, seed, "random_pair")[0][:2]}
+    return paired(group, [pair for pair in labels.apart(values) if {*pair} == drawn], values, "random_pair")
 
 
 def best_mean(group: Group, *, score="reward", margin=0.0) -> list[Group]:

@@ -1,0 +1,77 @@
+"""What decides the output of a stage, as digests: settings, code, and the content of files and folders that settings name."""
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import cache
+from glob import glob, has_magic
+from hashlib import blake2b, file_digest
+from importlib import import_module
+from pathlib import Path
+
+
+def digest(*things) -> str:
+    """Thirty-two hexadecimal digits of anything that JSON holds."""
+    said = json.dumps(things, sort_keys=True, ensure_ascii=True, default=str)
+    return blake2b(said.encode(), digest_size=16).hexdigest()
+
+
+@cache
+def code(module: str) -> str:
+    """The digest of a module's code without comments, docstrings and layout, so that words about it change nothing."""
+    tree = ast.parse(inspect.getsource(import_module(module)))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            node.body = body[1:]
+    return digest(ast.dump(tree))
+
+
+def content(source: str) -> str:
+    """The digest of a file, of all files of a folder with their names, or of those that fit a pattern."""
+    if has_magic(source):
+        found = [Path(p) for p in glob(source, recursive=True)]
+    else:
+        found = [Path(source)] if Path(source).is_file() else list(Path(source).rglob("*"))
+    held = []
+    for path in sorted(p for p in found if p.is_file()):
+        with open(path, "rb") as file:
+            held.append((os.path.relpath(path, source), file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()))
+    return digest(held)
+
+
+def texts(settings) -> Iterator[str]:
+    """All texts in settings, however deep."""
+    if isinstance(settings, str):
+        yield settings
+    elif isinstance(settings, Mapping):
+        for key, value in settings.items():
+            yield from texts(key)
+            yield from texts(value)
+    elif isinstance(settings, (list, tuple)):
+        for value in settings:
+            yield from texts(value)
+
+
+def named(settings) -> dict[str, str]:
+    """What settings name beyond themselves: files and folders (with a / in their names) with their content, `module:name` with
+    the module's code."""
+    found = {}
+    for text in sorted(set(texts(settings))):
+        module, _, attribute = text.partition(":")
+        if os.path.isfile(text) or os.sep in text and os.path.isdir(text) and Path(text).name not in ("", ".."):
+            found[text] = content(text)
+        elif attribute.isidentifier() and module.replace(".", "").isidentifier():
+            with suppress(ImportError, OSError, TypeError):   # words with a colon between them
+                found[text] = code(module)
+    return found
+
+
+def identity(function: Callable, settings: Mapping) -> dict:
+    """Everything that decides what a stage makes of its input, as JSON. A class may add what only it knows: `identity()`."""
+    own = function(**settings).identity() if hasattr(function, "identity") else {}
+    return {"settings": dict(settings), "code": code(function.__module__), "named": named(settings), "own": own}

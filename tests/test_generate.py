@@ -1,0 +1,392 @@
+"""Responses for data sets: mixtures of policies, ladders, hints, files and services; what fails is tried again and told."""
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from data_tools import Group, Response
+from data_tools.pipeline.config import make
+from data_tools.pipeline.driver import build, recorded
+from data_tools.pipeline.identity import content
+from data_tools.pipeline.provenance import PROMPT_ID, marked
+from prefopt import doctor
+from prefopt.rollout import generate
+from prefopt.rollout.generate import Asked, Generate, Texts, tried
+from rewards.stage import Score
+
+CALLS: list = []
+
+
+class Echo:
+    """Answers with what it was asked; prompts with `bad` in them are an error, `flaky` ones at first, and `few` have one
+    response."""
+
+    def __init__(self, *, model="echo", broken: bool = False):
+        self.broken, self.flaky = broken, Counter()
+
+    def __call__(self, prompts, *, n, keys, temperature, **settings):
+        CALLS.append([str(p) for p in prompts])
+        for prompt in map(str, prompts):
+            if "bad" in prompt or self.broken:
+                raise RuntimeError(f"cannot answer {prompt}")
+            if "flaky" in prompt and self.flaky[prompt] < 1:
+                self.flaky[prompt] += 1
+                raise TimeoutError("later") if "slow" in prompt else RuntimeError("later")
+        return [Group(p, [Response(f"{temperature:g} {keys[i] % 1000} {j}", tokens=[1], logp=[-1.0], meta={"mask": [1]})
+                          for j in range(1 if "few" in str(p) else n)]) for i, p in enumerate(prompts)]
+
+
+@pytest.fixture(autouse=True)
+def calls():
+    CALLS.clear()
+
+
+def groups(*prompts, **meta) -> list[Group]:
+    return [marked(Group(p, [], meta=dict(meta)), 0, {}) for p in prompts]
+
+
+def echo(**settings) -> dict:
+    return {"sampler": {"test_generate:Echo": None}, **settings}
+
+
+def answers(shard, seed=0, retries=2, **policies) -> list[Group]:
+    return Generate(policies=policies, seed=seed, retries=retries)(shard)
+
+
+# ---------------------------------------------------------------------------------------------------------- what is asked
+def test_a_ladder_is_gone_through_in_turn():
+    """Five responses over three temperatures and two system prompts: rounds of temperatures, each with one system prompt."""
+    asked = Asked("p", echo(n=8, temperature=[0.5, 1.0, 1.5], system=[None, "Be brief."]), 0)
+    assert asked.policy.variants() == {(0.5, None): 2, (1.0, None): 2, (1.5, None): 1, (0.5, "Be brief."): 1,
+                                       (1.0, "Be brief."): 1, (1.5, "Be brief."): 1}
+    found, = answers(groups("q"), p=echo(n=8, temperature=[0.5, 1.0, 1.5], system=[None, "Be brief."]))
+    said = Counter((r.meta["sampled"]["temperature"], r.meta["sampled"].get("system")) for r in found.responses)
+    assert said == asked.policy.variants()
+    assert len({r.text for r in found.responses}) == 8        # each variant has noise of its own
+    assert found.prompt == "q" and sorted(map(tuple, CALLS))[-1] == ("q",)
+    system = str([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}])
+    assert [system] in CALLS and ["q"] in CALLS
+
+
+def test_hints_are_seen_and_not_kept():
+    shard = groups("q", [{"role": "user", "content": "w"}], answer="4")
+    first, second = answers(shard, p=echo(hint="It is {answer}.", tokens=True))
+    assert [["q\n\nIt is 4.", str([{"role": "user", "content": "w\n\nIt is 4."}])]] == CALLS
+    assert first.prompt == "q" and first.responses[0].meta["sampled"]["hint"] == "It is {answer}."
+    assert first.responses[0].tokens == [1] and first.responses[0].logp is None     # of a prompt that is not the record's
+    with pytest.raises(ValueError, match="the hint names the field 'anser', which the record lacks, did you mean 'answer'"):
+        answers(shard, p=echo(hint="{anser}"))
+
+
+def test_a_mixture_of_policies():
+    shard = groups(*(f"q{n}" for n in range(400)))
+    shard[0].responses = [Response("given", meta={"generator": "human"})]
+    found = answers(shard, good=echo(n=2), poor=echo(n=1, temperature=3.0, share=0.3))
+    assert [r.meta["generator"] for r in found[0].responses][:3] == ["human", "good", "good"]
+    poor = [any(r.meta["generator"] == "poor" for r in g.responses) for g in found]
+    assert abs(sum(poor) - 120) < 6 * (400 * 0.3 * 0.7) ** 0.5
+    assert all(len(g.responses) == 2 + p for g, p in list(zip(found, poor, strict=True))[1:])
+    again = answers(groups(*(f"q{n}" for n in range(100, 400))), poor=echo(share=0.3))
+    assert [bool(g.responses) for g in again] == poor[100:]   # which prompts does not depend on the others
+
+
+def test_provenance():
+    found, = answers(groups("q"), seed=7, student=echo(n=1, temperature=0.5, top_p=0.9, max_new_tokens=5))
+    meta = found.responses[0].meta
+    assert meta == {"generator": "student", "sampled": {"max_new_tokens": 5, "temperature": 0.5, "seed": 7, "top_p": 0.9}}
+    assert found.responses[0].tokens is None and found.responses[0].logp is None
+    found, = answers(groups("q"), student=echo(tokens=True))
+    assert (found.responses[0].tokens, found.responses[0].logp, found.responses[0].meta["mask"]) == ([1], [-1.0], [1])
+
+
+def test_labels_have_room_for_what_is_new():
+    shard = groups("q", "w")
+    shard[0].responses, shard[0].relevance = [Response("a"), Response("b")], [1.0, 0.0]
+    shard[1].responses, shard[1].wins = [Response("a"), Response("b")], [[0.5, 0.9], [0.1, 0.5]]
+    one, two = answers(shard, p=echo(n=1))
+    assert one.relevance == [1.0, 0.0, None]
+    assert two.wins == [[0.5, 0.9, None], [0.1, 0.5, None], [None, None, None]]
+
+
+def test_equal_prompts_are_sampled_apart():
+    shard = [marked(Group("q", []), copies, {}) for copies in (0, 1)]
+    one, two = answers(shard, p=echo())
+    assert one.responses[0].text != two.responses[0].text
+    said = Texts(echo(), seed=0)(["q", "w", "q"])
+    assert len(set(said)) == 3 and Texts(echo(), seed=0)(["w"]) == [said[1]]
+
+
+# -------------------------------------------------------------------------------------------------------- what goes wrong
+def test_a_prompt_that_fails_is_found_tried_again_and_told():
+    shard = groups("a", "b", "bad", "flaky", "c")
+    found = answers(shard, p=echo(n=2))
+    assert [len(g.responses) for g in found] == [2, 2, 0, 2, 2]
+    assert found[2].meta["failed"] == "p: RuntimeError: cannot answer bad"
+    assert all("failed" not in found[n].meta for n in (0, 1, 3, 4))
+    assert sum(call == ["bad"] for call in CALLS) == 3        # once when it is found, and twice more
+    stage = Generate(policies={"p": echo(n=2)})
+    assert stage.told(stage.count(found)) == ["1 prompts that lack responses of p", "8 responses of p"]
+
+
+def test_what_is_missing_of_one_policy_is_noted():
+    found = answers(groups("few", "bad few"), p=echo(n=3), q={"sampler": {"recorded": {"path": write("few", 1)}}, "n": 2})
+    assert found[0].meta["unsampled"] == {"p": "1 of 3 responses", "q": "1 of 2 responses"} and len(found[0].responses) == 2
+    assert set(found[1].meta["unsampled"]) == {"p", "q"}
+    assert found[1].meta["failed"].startswith("p: RuntimeError: cannot answer bad")
+
+
+def test_tries_by_hand():
+    """Against a table: how often each place is asked, where 3 and 4 fail; a batch that fails is halved."""
+    asked = []
+
+    def ask(places):
+        asked.append(list(places))
+        if {3, 4} & set(places):
+            raise RuntimeError("no")
+        return list(places)
+
+    found = tried(ask, range(6), 1)
+    assert [x if isinstance(x, int) else str(x) for x in found] == [0, 1, 2, "no", "no", 5]
+    assert asked == [[0, 1, 2, 3, 4, 5], [0, 1, 2], [3, 4, 5], [3], [3], [4, 5], [4], [4], [5]]
+
+
+def test_a_broken_sampler_ends_the_build():
+    with pytest.raises(ValueError, match="failed on each of the first 8 prompts, the last time with cannot answer q7"):
+        answers(groups(*(f"q{n}" for n in range(20))), p={"sampler": {"test_generate:Echo": {"broken": True}}})
+    assert answers(groups("q"), p={"sampler": {"test_generate:Echo": {"broken": True}}})[0].meta["failed"]
+
+
+def test_what_cannot_be_reached_ends_the_build():
+    with pytest.raises(OSError, match="later"):
+        answers(groups("a", "flaky slow"), p=echo())
+
+
+@pytest.mark.parametrize("policies, said", [
+    ({}, "policies has names"), ({"p": 3}, "policy 'p' needs a sampler"), ({"p": {"n": 2}}, "policy 'p' needs a sampler"),
+    ({"p": echo(m=3)}, "has no argument 'm'"), ({"p": echo(n=0)}, "a whole number from 1, found 0"),
+    ({"p": echo(share=0)}, "above 0 and at most 1"),
+    ({"p": echo(temperature=[1.0, -1])}, "temperature should be a number from 0"),
+    ({"p": echo(stop=[""])}, "stop should be a list of strings that are not empty"),
+    ({"p": {"sampler": "transformers"}}, "policy 'p': write a sampler with its settings"),
+    ({"p": {"sampler": {"transfomers": {}}}}, "policy 'p': there is no sampler 'transfomers', did you mean 'transformers'?"),
+    ({"p": {"sampler": {"transformers": {"modl": "x"}}}}, "has no setting 'modl', did you mean 'model'"),
+    ({"p": {"sampler": {"transformers": {"model": "./no/model"}}}}, "there is no folder './no/model'"),
+    ({"p": {"sampler": {"transformers": {}}}}, "needs model"),
+    ({"p": echo(program="singel")}, "did you mean 'single'")])
+def test_mistakes(policies, said):
+    with pytest.raises(ValueError) as found:
+        Generate(policies=policies)
+    assert said in str(found.value)
+
+
+# ---------------------------------------------------------------------------------------------------- recorded responses
+def write(prompt: str, n: int, name: str = "recorded.jsonl") -> str:
+    Path(name).write_text(json.dumps({"prompt": prompt, "responses": [{"text": f"r{j}", "meta": {"generator": f"g{j}"}}
+                                                                     for j in range(n)]}) + "\n")
+    return name
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_recorded_responses_are_found_by_what_the_prompt_says():
+    path = write("What  IS it?", 3)
+    found = answers(groups("what is it?", "other"), old={"sampler": {"recorded": {"path": path}}, "n": 2})
+    assert [r.text for r in found[0].responses] == ["r0", "r1"] and found[0].responses[1].meta == {
+        "generator": "g1", "sampled": {"path": path}}
+    assert found[1].meta["failed"] == "old: 0 of 2 responses"
+
+
+# ---------------------------------------------------------------------------------------------------------------- service
+class Service:
+    """Answers chat requests with `say(body)`: (status, text or None)."""
+
+    def __init__(self, say):
+        outer = self
+        self.bodies = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.bodies.append(body)
+                status, text = say(body)
+                choice = {"message": {"content": text}, "finish_reason": "length" if text == "cut" else "stop"}
+                raw = json.dumps({"choices": [choice]}).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *_):
+                pass
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def served(service, **settings) -> dict:
+    return {"sampler": {"endpoint": {"url": service.url, "model": "m", "wait": 0.01, "retries": 0}}, **settings}
+
+
+def test_a_service_is_asked_once_for_each_response():
+    with Service(lambda body: (200, "cut" if body["messages"][-1]["content"] == "long" else f"{body['seed']}")) as service:
+        first, second = answers(groups("q", "long"), p=served(service, n=3, temperature=0.7, max_new_tokens=9, system="S"))
+        assert len(service.bodies) == 6 and len({r.text for r in first.responses}) == 3
+        body = service.bodies[0]
+        assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.7, 9) and "stop" not in body
+        assert body["messages"][0] == {"role": "system", "content": "S"}
+        assert {r.meta["finished"] for r in first.responses} == {True} and not second.responses[0].meta["finished"]
+        assert first.responses[0].meta["sampled"]["model"] == "m"
+        again, = answers(groups("q"), p=served(service, n=3, temperature=0.7, max_new_tokens=9, system="S"))
+        assert [r.text for r in again.responses] == [r.text for r in first.responses]
+
+
+def test_a_service_that_refuses_some_prompts():
+    """The others are not asked again; a refused prompt is, and then told. Text that is missing is such an error."""
+    with Service(lambda body: (400, "") if "bad" in body["messages"][0]["content"] else
+                 (200, None if "mute" in body["messages"][0]["content"] else "fine")) as service:
+        found = answers(groups("a", "bad", "mute", "b"), p=served(service, n=2), retries=1)
+        assert [len(g.responses) for g in found] == [2, 0, 0, 2]
+        assert "refused the request: HTTP 400" in found[1].meta["failed"] and "without text" in found[2].meta["failed"]
+        asked = Counter(b["messages"][0]["content"] for b in service.bodies)
+        assert asked == {"a": 2, "b": 2, "bad": 4, "mute": 4}
+
+
+def test_a_service_that_is_down_ends_the_build():
+    with pytest.raises(ConnectionError, match="cannot be used"):
+        answers(groups("a", "b"), p={"sampler": {"endpoint": {"url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0}}})
+
+
+# ------------------------------------------------------------------------------------------------------------ a real model
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return doctor.tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def real(model, **settings) -> dict:
+    return {"sampler": {"transformers": {"model": model}}, "max_new_tokens": 6, **settings}
+
+
+def test_samples_depend_on_nothing_but_their_prompt(model):
+    shard = ["? ?", "? ? ?", "good"]
+    policies = {"p": real(model, n=3, temperature=[0.7, 1.3]), "q": real(model, n=2)}
+    together = answers(groups(*shard), **policies)
+    apart = [answers(groups(p), **policies)[0] for p in reversed(shard)][::-1]
+    assert [[r.text for r in g.responses] for g in together] == [[r.text for r in g.responses] for g in apart]
+    alone = answers(groups(*shard), q=policies["q"])
+    assert [[r.text for r in g.responses[3:]] for g in together] == [[r.text for r in g.responses] for g in alone]
+    other = answers(groups(*shard), seed=1, **policies)
+    assert [[r.text for r in g.responses] for g in together] != [[r.text for r in g.responses] for g in other]
+    version = together[0].responses[0].meta["sampled"]["version"]
+    assert version == content(model)[:16]
+
+
+def test_what_is_sampled_is_what_the_sampler_gives(model):
+    """Greedy: against the embedded sampler itself."""
+    from prefopt.models import load_policy, load_tokenizer
+    from prefopt.rollout.transformers import Sampler
+    shard = ["? ?", "good"]
+    expected = Sampler(load_policy(model).eval(), load_tokenizer(model))(shard, n=1, temperature=0.0, max_new_tokens=6)
+    found = answers(groups(*shard), p=real(model, temperature=0.0, tokens=True))
+    for one, two in zip(found, expected, strict=True):
+        assert [(r.text, r.tokens, r.logp) for r in one.responses] == [(r.text, r.tokens, r.logp) for r in two.responses]
+
+
+def test_a_pipeline_that_samples_scores_and_pairs(model, tmp_path):
+    """The whole way, twice: byte for byte; another model's weights are another policy."""
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": "? " * (n + 1)}) + "\n" for n in range(6)))
+
+    def plan(out, **more):
+        return make({"source": "prompts.jsonl", "out": out, "cache": more.pop("cache", "cache"), "shard": 4, "stages": [
+            {"generate": {"policies": {"p": real(model, n=4)}}}, {"score": {"rewards": ["test_generate:shortness"]}},
+            {"select": {"best_worst": {"score": "reward"}}}, {"write": {"name": "pairs", "format": "pair"}}], **more})
+
+    found = build(plan("one"))
+    build(plan("two", cache="other"))
+    assert Path("one/pairs/train.jsonl").read_bytes() == Path("two/pairs/train.jsonl").read_bytes()
+    record = json.loads(Path("one/pairs/train.jsonl").read_text().splitlines()[0])
+    assert record["scored_by"] == {"shortness": {"reward": "test_generate:shortness"}}
+    assert record["sampled_chosen"]["version"] and record["shortness_chosen"] > record["shortness_rejected"]
+    assert [s.name for s in found.steps] == ["source", "generate", "score", "select: best_worst", "write"]
+    assert any("shortness: mean" in line for line in found.steps[2].said)
+    before = recorded(plan("one"))["stages"][0]
+    (Path(model) / "note.txt").write_text("x")
+    assert recorded(plan("one"))["stages"][0] != before
+
+
+def shortness(text) -> float:
+    return -float(len(text))
+
+
+# ---------------------------------------------------------------------------------------------------------------- scores
+def scored(**settings) -> list[Group]:
+    shard = [Group("q", [Response("a b", meta={"x": 1}), Response("a", meta={"x": 2}), Response("b")], meta={PROMPT_ID: "0"}),
+             Group("w", [Response("a"), Response("a")], meta={PROMPT_ID: "1"})]
+    return Score(**settings)(shard)
+
+
+def places(x) -> float:
+    return float(x)
+
+
+def test_scores_and_what_is_told_of_them():
+    """shortness is -3, -1, -1 and -1, -1; letters 2, 1, 1 and 1, 1 (half of it in the sum): they order two pairs, none alike."""
+    stage = Score(rewards=["test_generate:shortness", {"test_generate:letters": {"weight": 0.5, "as": "letters"}}])
+    found = stage([Group("q", [Response("a b"), Response("a"), Response("b")]), Group("w", [Response("a"), Response("a")])])
+    assert [[r.scores for r in g.responses] for g in found][0] == [
+        {"shortness": -3.0, "letters": 2.0, "reward": -2.0}, *[{"shortness": -1.0, "letters": 1.0, "reward": -0.5}] * 2]
+    counts = stage.count(found)
+    assert counts["scored shortness"] == 5 and counts["sum shortness"] == -7 and counts["flat shortness"] == 1
+    assert counts["ordered shortness and letters"] == 2 and counts["alike shortness and letters"] == 0
+    assert stage.told(counts) == ["letters: mean 1.2 of 5 responses; all responses are equal in 1 of 2 groups",
+                                  "shortness: mean -1.4 of 5 responses; all responses are equal in 1 of 2 groups",
+                                  "shortness and letters order 0.0% of 2 pairs of responses alike"]
+    assert found[0].meta["scored_by"]["letters"] == {"reward": "test_generate:letters", "weight": 0.5}
+
+
+def letters(text) -> float:
+    return float(sum(c.isalpha() for c in text))
+
+
+def test_responses_that_cannot_be_scored():
+    with pytest.raises(ValueError, match="reads the field 'x', which the row lacks"):
+        scored(rewards="test_generate:places")
+    found = scored(rewards="test_generate:places", unscored="mark")
+    assert [r.scores.get("reward") for r in found[0].responses] == [1.0, 2.0, None]
+    assert "places" in found[0].responses[2].meta["unscored"]
+    stage = Score(rewards="test_generate:places", unscored="mark")
+    assert stage.told(stage.count(found)) == ["places: mean 1.5 of 2 responses, 3 without a score"]
+
+
+def test_mistakes_of_rewards_are_told_before_anything_runs():
+    with pytest.raises(ValueError, match="there is no reward 'final_anser', did you mean 'final_answer'"):
+        Score(rewards=["final_anser"]).identity()
+    with pytest.raises(ValueError, match="'raise' or 'mark'"):
+        Score(rewards="bleu", unscored="skip")
+    assert set(Score(rewards={"weighted": {"parts": {"bleu": None}, "weights": {"bleu": 1}}}).identity()) == {"weighted", "bleu"}
+
+
+def test_the_samplers_of_engines(monkeypatch):
+    """What is handed on to vLLM."""
+    import prefopt.models
+    import prefopt.rollout.vllm
+    made = []
+    monkeypatch.setattr(prefopt.models, "load_tokenizer", lambda name: f"tokenizer of {name}")
+    monkeypatch.setattr(prefopt.rollout.vllm, "VLLMSampler", lambda *a, **k: made.append((a, k)))
+    monkeypatch.setattr(prefopt.rollout.vllm, "VLLMServer", lambda *a, **k: made.append((a, k)))
+    generate.vllm(model="m", dtype="float32", engine={"max_model_len": 9})
+    generate.vllm_server(url="u", model="m")
+    assert made == [(("m", "tokenizer of m"), {"dtype": "float32", "max_model_len": 9}),
+                    (("u", "tokenizer of m"), {"workers": 64, "timeout": 600.0})]
