@@ -82,7 +82,8 @@ def rollouts(run: Run, data: Prompts, engine, score: Callable, models, tokenizer
         sample = partial(sampled, run, engine, models, accelerator, made)
         if isinstance(made, Against):
             again = partial(met_again, run, engine, models, accelerator, made, score)
-        source = sources.OnPolicy(data, sample, score, seed=run.train.seed, order=order)
+        portions = partial(together, engine, roll.k) if apart(score) and made is programs.single else sources.whole
+        source = sources.OnPolicy(data, sample, score, seed=run.train.seed, order=order, portions=portions)
         if getattr(objective, "keep", None) is not None:
             filtered = source
             source = sources.Filter(source, partial(kept, objective, encoder(run, tokenizer)), rounds=roll.refill)
@@ -127,6 +128,18 @@ def scorer(run: Run):
 def compares(score: Callable | None) -> bool:
     """Whether rewards are wins against other responses. A function of one's own grades."""
     return getattr(score, "compares", False)
+
+
+def apart(score: Callable | None) -> bool:
+    """Whether groups may be scored apart from each other, beside the sampler: not by a function of one's own, which may look at
+    all of them, or ask the policy."""
+    return getattr(score, "apart", False)
+
+
+def together(engine, k: int, groups: list[Group]) -> list[list[int]]:
+    """The numbers of the prompts that the sampler answers at the same time: batches of the embedded one, else all."""
+    from prefopt.rollout.transformers import Sampler
+    return engine.portions([g.prompt for g in groups], k) if type(engine) is Sampler else sources.whole(groups)
 
 
 def roles(run: Run, score: Callable | None = None) -> set[str]:
@@ -282,16 +295,29 @@ def evaluate(run: Run, data: Prompts, engine, score: Callable, models, accelerat
     at every evaluation."""
     here = np.array_split(np.arange(len(data)), processes())[accelerator.process_index]
     own = run.model_copy(update={"rollout": run.rollout.model_copy(update={"k": run.rollout.eval_k})})
-    found: list[Group] = []
     made = plain(run.program())
     if compares(score):
         made, score = Against({"reference": 1.0}, run.rollout.eval_k, program=made), score.counting("opponents")
     sync(engine, models, step)
-    for start in range(0, len(here), prompts):
-        places = [int(i) for i in here[start:start + prompts]]
+
+    def sample(places: list[int]) -> list[Group]:
         groups = [Group(data[i].prompt, [], meta=dict(data[i].meta)) for i in places]
-        found += score(sampled(own, engine, models, accelerator, made, groups, [2 ** 40 + i for i in places], step))
+        return sampled(own, engine, models, accelerator, made, groups, [2 ** 40 + i for i in places], step)
+
+    portions = [here[start:start + prompts].tolist() for start in range(0, len(here), prompts)]
+    found = sources.scored(portions, sample, score) if apart(score) else [g for some in portions for g in score(sample(some))]
     return {f"eval/{k}": v for k, v in sources.measured(found).items()}
+
+
+def weighing(batch: Batch) -> Batch:
+    """The rows of an optimiser step that count in a policy's loss or its metrics. Those see every row by itself, so that probes,
+    dropped groups and responses without a reward, whose weights are all 0, need not be computed. Where no row counts, or the
+    loss is of groups, all rows."""
+    weights = [unit.ne(0).any(1) for name, unit in batch.items() if name.startswith("token_unit")]
+    if not weights:
+        return batch
+    rows = torch.stack(weights).any(0).nonzero().squeeze(1)
+    return batch.alone(rows) if 0 < len(rows) < batch.N else batch
 
 
 def weighs(batch: Batch) -> bool:

@@ -204,7 +204,7 @@ class Gradients:
         run, models, accelerator, sums = self.run, self.models, self.accelerator, {}
         reads = self.objective.reads() | ({"entropy"} if logs and run.rollout else set())
         self.optimizer.zero_grad()
-        for (_, micro), counts in pieces(models, part, run.train.tokens, self.objective.whole_groups):
+        for (_, micro), counts in pieces(models, online.weighing(part), run.train.tokens, self.objective.whole_groups):
             with accelerator.autocast():
                 micro = forward(models, micro, reads)
             loss = self.objective.loss(micro)

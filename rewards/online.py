@@ -73,6 +73,7 @@ class Scorer:
     and `payoff` how they count (mean_win, mean_score). Where a single reward counts and it compares, the groups get `wins`,
     labels for losses of pairs; opponents get no reward.
     """
+    apart = True                                              # no group's rewards depend on another group
 
     def __init__(self, specs: str | Mapping | Sequence, *, unscored: str = "raise", timeout: float | None = None,
                  workers: int = 2, against: str = "others", payoff: str = "mean_win"):

@@ -17,7 +17,7 @@ from loop_cases import ROLLOUT, go, lines, outcome, plan, workplace, write
 from data_tools.records import Group, Response
 from prefopt import check, check_rollout, online
 from prefopt.rollout.orders import by_field, shuffled
-from prefopt.rollout.sources import Filter, Mix, OnPolicy, Recorded, Replay, measured
+from prefopt.rollout.sources import Filter, Mix, OnPolicy, Recorded, Replay, measured, scored
 from rewards.base import ScoringError
 from rewards.online import Scorer, named_rewards
 
@@ -72,6 +72,85 @@ def test_curriculum_by_a_field():
 
 def contrast(groups):
     return [len({r.scores["reward"] for r in g.responses}) > 1 for g in groups]
+
+
+# ----------------------------------------------------------------------------------------- scored while others are sampled
+class Desk:
+    """A sampler and a scorer that both wait, for as long as a test may last, until the other has begun."""
+
+    def __init__(self, portions: int, fails: int | None = None):
+        self.begun, self.told = [threading.Event() for _ in range(portions)], []
+        self.scoring, self.fails = [threading.Event() for _ in range(portions)], fails
+
+    def sample(self, n):
+        self.begun[n].set()
+        assert n == 0 or self.scoring[n - 1].wait(60)         # portions before it are being scored
+        self.told.append(("sampled", n))
+        return [Group(f"p{n}", [Response("a")])]
+
+    def score(self, groups):
+        n = int(groups[0].prompt[1:])
+        self.told.append(("scores", n, threading.current_thread() is threading.main_thread()))
+        self.scoring[n].set()
+        assert n + 1 == len(self.begun) or self.begun[n + 1].wait(60)                   # and they, while it is sampled
+        if n == self.fails:
+            raise ScoringError(f"portion {n}")
+        self.told.append(("scored", n))
+        return groups
+
+
+def test_a_portion_is_scored_while_the_next_is_sampled():
+    """Neither can end before the other has begun, so that the time of both is that of the longer; one is scored at a time, in
+    order, and the last one in this thread."""
+    desk, before = Desk(4), threading.active_count()
+    assert [g.prompt for g in scored(range(4), desk.sample, desk.score)] == ["p0", "p1", "p2", "p3"]
+    assert [t for t in desk.told if t[0] == "sampled"] == [("sampled", n) for n in range(4)]
+    assert [t for t in desk.told if t[0] != "sampled"] == [t for n in range(4) for t in (("scores", n, n == 3), ("scored", n))]
+    assert threading.active_count() <= before
+    alone = Desk(1)
+    assert len(scored([0], alone.sample, alone.score)) == 1 and alone.told[1] == ("scores", 0, True)
+    assert scored([], None, None) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_sampler_that_is_stopped_leaves_no_thread(error):
+    """What is being scored comes to its end; what waits is not begun."""
+    told, going, before = [], threading.Event(), threading.active_count()
+
+    def sample(n):
+        if n == 3:
+            assert going.wait(60)
+            threading.Timer(0.2, told.append, ("stopped",)).start()
+            raise error
+        return [n]
+
+    def score(groups):
+        going.set()
+        while "stopped" not in told:
+            time.sleep(0.01)
+        told.append(groups[0])
+        return groups
+
+    with pytest.raises(error):
+        scored(range(5), sample, score)
+    assert told == ["stopped", 0] and threading.active_count() <= before
+
+
+def test_a_scorer_that_fails_ends_the_step():
+    desk, before = Desk(3, fails=0), threading.active_count()
+    with pytest.raises(ScoringError, match="portion 0"):
+        scored(range(3), desk.sample, desk.score)
+    assert ("scores", 2, True) not in desk.told and threading.active_count() <= before
+
+
+def test_portions_come_back_in_the_order_of_the_prompts():
+    """Sampled and scored as the sampler likes them, with the keys of their places."""
+    whole = OnPolicy(prompts(7), sampled, paid, seed=3)
+    apart = OnPolicy(prompts(7), sampled, paid, seed=3, portions=lambda groups: [[4, 1], [3], [0, 2]])
+    for _ in range(3):
+        assert [g.to_json() for g in apart.draw(5)] == [g.to_json() for g in whole.draw(5)]
+    with pytest.raises(ValueError, match="the sampler returned 0 groups with responses for 2 prompts"):
+        OnPolicy(prompts(7), lambda *_: [], paid, portions=lambda groups: [[0, 1], [2]]).draw(3)
 
 
 def test_filter_draws_until_enough_is_kept():
@@ -212,6 +291,27 @@ def test_same_seed_same_weights_whatever_the_batches(place):
     one, other = (load(found["model/model.safetensors"]) for found in (a, c))
     for key in one:
         torch.testing.assert_close(one[key], other[key], rtol=1e-6, atol=1e-7)           # norms are float32 in any model
+
+
+@pytest.mark.parametrize("recipe, changes", [("grpo", {}), ("dapo", {"set.limit": 5}), ("remax", {})])
+def test_rewards_beside_the_sampler_change_nothing(place, monkeypatch, recipe, changes):
+    """Two prompts at a time, scored while others are sampled, in training and where it is evaluated: the same run byte for byte
+    as with rewards that come after all sampling. Of several programs, only samples of one turn are divided."""
+    calls, score = {True: [], False: []}, Scorer.__call__
+
+    def counting(told):
+        def counted(self, groups):
+            told.append((len(groups), threading.current_thread() is threading.main_thread()))
+            return score(self, groups)
+        return counted
+
+    for beside in (True, False):
+        monkeypatch.setattr(Scorer, "apart", beside)
+        monkeypatch.setattr(Scorer, "__call__", counting(calls[beside]))
+        go(place, recipe, f"beside-{recipe}-{beside}", rollout={**ROLLOUT, "batch": 7}, **changes)
+    assert outcome(place / f"beside-{recipe}-True") == outcome(place / f"beside-{recipe}-False")
+    assert all(here for _, here in calls[False]) and (6, True) in calls[False]
+    assert (2, False) in calls[True] if recipe != "remax" else calls[True] == calls[False]
 
 
 def test_recorded_rollouts_train_the_same_model_without_a_sampler(place, monkeypatch):

@@ -1,11 +1,14 @@
 """Sampling: what comes out is the policy's, with its probabilities, cut where it ends, repeatable, never tokenised again."""
+import copy
 from collections import Counter
 
 import pytest
 import torch
 from small_tokenizers import fast
 from tiny_models import VOCABULARY, adapted, tiny, tokenizer
-from transformers import GenerationConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from data_tools.batch import Batch
 from data_tools.collate import Encoding, collate
@@ -13,6 +16,7 @@ from data_tools.formats import dump, load
 from data_tools.records import Group, Response
 from prefopt.forward import token_logp
 from prefopt.models import Trunk
+from prefopt.rollout import cache
 from prefopt.rollout.base import Ask, Choice, Engine, Sample, StaleSampler, end_tokens, identify, noise
 from prefopt.rollout.programs import continue_prefix, conversation, single, with_greedy
 from prefopt.rollout.transformers import Decoder, Sampler, continuations, distribution, drawn, prompt_ids, uniforms
@@ -103,6 +107,59 @@ def same(found, expected, atol=1e-10):
         for a, b in zip(some, others, strict=True):
             assert (a.tokens, a.stopped) == (b.tokens, b.stopped)
             assert a.logp == pytest.approx(b.logp, rel=0, abs=atol)
+
+
+@pytest.mark.parametrize("window", [None, 2, 5, 200])
+def test_a_cache_that_grows_in_place_is_transformers(window):
+    """Pieces, single tokens, repeated and dropped rows, beyond the room of several blocks; a copy goes its own way."""
+    torch.manual_seed(0)
+    own, other = cache.Growing(window), DynamicSlidingWindowLayer(window) if window else DynamicLayer()
+    rows = 3
+    for step, more in enumerate([7, 3, *[1] * 150, 90, *[1] * 20]):
+        if keep := {2: [1, 0, 1, 2], 42: [3, 0, 2], 82: [2], 150: [0]}.get(step):
+            twin, rows = copy.deepcopy(own), len(keep)
+            twin.update(torch.ones(len(own.keys), 2, 1, 4), torch.ones(len(own.keys), 2, 1, 3))
+            own.reorder_cache(torch.tensor(keep))
+            other.reorder_cache(torch.tensor(keep))
+        assert own.get_mask_sizes(more) == other.get_mask_sizes(more)
+        keys, values = torch.randn(rows, 2, more, 4), torch.randn(rows, 2, more, 3)
+        for a, b in zip((*own.update(keys, values), own.keys, own.values),
+                        (*other.update(keys, values), other.keys, other.values), strict=True):
+            assert torch.equal(a, b)
+        assert own.get_seq_length() == other.get_seq_length() and own.is_sliding == other.is_sliding
+    assert own.blocks[0].shape[2] < 400
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gemma3", "gpt2", "gpt_neox"])
+def test_samples_are_those_of_a_copied_cache_bit_by_bit(name, monkeypatch):
+    model, asked = tiny(name, dtype=torch.float32), questions(n=4, limit=30)
+    found = decoder(model, ends=range(3, 9))(asked, Choice())
+    monkeypatch.setattr(cache, "empty", lambda config: DynamicCache(config=config))
+    assert found == decoder(model, ends=range(3, 9))(asked, Choice())
+
+
+class Copied(TorchDispatchMode):
+    """Numbers in keys and values of several tokens that any operation copies while open."""
+
+    def __init__(self):
+        TorchDispatchMode.__init__(self)
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.cat.default, torch.ops.aten.copy_.default) and out.ndim == 4 and out.shape[2] > 1:
+            self.numbers += out.numel()
+        return out
+
+
+def test_keys_are_not_copied_at_every_token():
+    """200 tokens behind a prompt of one: blocks grow at 65, 130 and 195, so that a token is copied about twice, and not a hundred
+    times, as with concatenation."""
+    run = decoder(tiny(max_position_embeddings=512), ends=())
+    with Copied() as copied:
+        run(questions((1,), n=3, limit=200), Choice())
+    whole = 2 * 2 * 3 * 8 * 200                               # layers, keys and values, rows, width, tokens
+    assert whole < copied.numbers < 3 * whole
 
 
 def test_rows_that_ended_cost_nothing():
@@ -438,6 +495,22 @@ def test_groups_of_the_sampler():
         assert r.meta["finished"] == (r.tokens[-1] == EOS) == (r.meta["stopped"] == "eos") and len(r.logp) == len(r.tokens)
         assert EOS not in r.tokens[:-1] and len(r.tokens) <= 20 and (r.meta["finished"] or len(r.tokens) == 20)
         assert r.text == words.decode(r.tokens[:-1] if r.meta["finished"] else r.tokens)
+
+
+@pytest.mark.parametrize("batch", [2, 6, 7, 100])
+def test_portions_give_what_one_call_gives(batch):
+    """Prompts that grow together, long ones first and equal ones in one, sampled call by call: the same bits."""
+    model, asks = tiny(), ["w1 w2", "w1 w2 w3 w4 w5", "w3", "w1 w2", "w4 w5 w6", "w7", "w8 w9 w1 w2"]
+    sampler, settings = Sampler(model, tokenizer(), batch=batch), dict(n=3, max_new_tokens=20, seed=0)
+    whole = sampler(asks, keys=range(7), **settings)
+    portions, found = sampler.portions(asks, 3), {}
+    for some in portions:
+        before = sampler.decoder.counts["prompt"]
+        found |= zip(some, sampler([asks[i] for i in some], keys=some, **settings), strict=True)
+        assert sampler.decoder.counts["prompt"] - before == sum(len(p) for p in prompt_ids({asks[i] for i in some}, tokenizer()))
+    assert [found[i] for i in range(7)] == whole
+    assert portions == {2: [[1], [6], [4], [0, 3], [2], [5]], 6: [[1, 6], [4], [0, 3], [2, 5]], 7: [[1, 6], [4], [0, 3], [2, 5]],
+                        100: [list(range(7))]}[batch]
 
 
 def test_limits_of_their_own():

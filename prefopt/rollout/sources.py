@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +23,9 @@ from data_tools.records import Group
 from prefopt.ops import gather, total
 from prefopt.rollout.orders import Order, Ordered, shuffled
 
-__all__ = ["Dump", "Filter", "GroupSource", "Mix", "OnPolicy", "Replay", "Recorded", "Rollouts"]
+__all__ = ["Dump", "Filter", "GroupSource", "Mix", "OnPolicy", "Replay", "Recorded", "Rollouts", "scored"]
+
+T = TypeVar("T")
 
 
 class GroupSource(Protocol):
@@ -36,19 +40,37 @@ class GroupSource(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
+def scored(portions: Sequence[T], sample: Callable[[T], list[Group]], score: Callable[[list[Group]], list[Group]]) -> list[Group]:
+    """What is sampled for all portions, with its rewards: one is scored, in a thread, while the next is sampled, and the last one
+    here. Scored they are in order, one at a time. Where something fails, those that wait are not scored."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        jobs = [pool.submit(score, sample(portion)) for portion in portions[:-1]]
+        last = [sample(portion) for portion in portions[-1:]]
+        return [*chain.from_iterable(job.result() for job in jobs), *chain.from_iterable(map(score, last))]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def whole(prompts: Sequence[Group]) -> list[list[int]]:
+    """All prompts in one portion."""
+    return [list(range(len(prompts)))]
+
+
 class OnPolicy:
     """Prompts in order, responses of the current policy, rewards.
 
     `sample(groups, keys, version)` returns the groups with responses. A prompt's key is its place in the stream of all
     prompts ever drawn, so that noise depends neither on the number of processes nor on what is sampled beside it.
-    `version` counts the rollouts that were trained on: what the sampler holds must be of that version.
+    `version` counts the rollouts that were trained on: what the sampler holds must be of that version. `portions(groups)`
+    gives the numbers of the prompts that are sampled, and scored, together.
     """
 
     def __init__(self, prompts: Sequence[Group], sample: Callable, score: Callable[[list[Group]], list[Group]], *, seed: int = 0,
-                 order: Order = shuffled):
+                 order: Order = shuffled, portions: Callable[[list[Group]], list[list[int]]] = whole):
         if not prompts:
             raise ValueError("there are no prompts: nothing to sample responses to")
-        self.prompts, self.sample, self.score = Ordered(prompts, order, seed), sample, score
+        self.prompts, self.sample, self.score, self.portions = Ordered(prompts, order, seed), sample, score, portions
         self.position = self.version = 0
         self.latest: list[Group] = []                         # all that was sampled for this step, kept or not
 
@@ -61,11 +83,17 @@ class OnPolicy:
         groups = [Group(p.prompt, [], meta={**p.meta, "key": place}) for p, place in zip(prompts, places, strict=True)]
         if not groups:
             return []
-        made = self.sample(groups, list(places), self.version)
-        if len(made) != count or any(not g.responses for g in made):
-            raise ValueError(f"the sampler returned {sum(bool(g.responses) for g in made)} groups with responses for {count} "
-                             f"prompts")
-        made = self.score(made)
+
+        def sample(portion: list[int]) -> list[Group]:
+            made = self.sample([groups[i] for i in portion], [places[i] for i in portion], self.version)
+            if len(made) != len(portion) or any(not g.responses for g in made):
+                raise ValueError(f"the sampler returned {sum(bool(g.responses) for g in made)} groups with responses for "
+                                 f"{len(portion)} prompts")
+            return made
+
+        portions = self.portions(groups)
+        found = dict(zip(chain.from_iterable(portions), scored(portions, sample, self.score), strict=True))
+        made = [found[i] for i in range(count)]
         self.latest += made
         return made
 

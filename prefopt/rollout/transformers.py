@@ -7,13 +7,15 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data_tools.columns import nearest
-from data_tools.encoding import Encoding, pad_token
+from data_tools.encoding import Counts, Encoding, pad_token
+from data_tools.records import Prompt
 from prefopt.models import Trunk, is_peft
 from prefopt.ops import upcast
 from prefopt.rollout.base import Ask, Choice, Engine, Sample, check, decoded, end_tokens, fresh_seed, identify, noise, stop_at
@@ -21,6 +23,7 @@ from prefopt.rollout.base import prompt_ids as prompt_ids
 
 __all__ = ["Decoder", "Sampler", "Voice", "continuations", "distribution", "drawn", "prompt_ids"]
 
+T = TypeVar("T")
 PREFILL = 16_384                                              # tokens of prompts in one forward pass
 
 
@@ -66,6 +69,13 @@ class Sampler(Engine):
     def continued(self, asks: Sequence[Ask], choice: Choice) -> list[list[Sample]]:
         return self.decoder(asks, choice)
 
+    def portions(self, prompts: Sequence[Prompt], n: int) -> list[list[int]]:
+        """The numbers of the prompts whose n responses grow together. A call for each portion gives what one for all gives."""
+        rows: dict[tuple, list[int]] = {}
+        for i, ids in enumerate(prompt_ids(prompts, self.tokenizer, self.encoding, counts=Counts())):
+            rows.setdefault(tuple(ids.tolist()), []).extend([i] * n)
+        return [sorted({i for some in pack.values() for i in some}) for pack in packs(rows, self.batch)]
+
     def sync(self, model: nn.Module, version: int | None = None) -> None:
         """The sampler holds the policy itself, so it always samples from the current weights."""
         if model is not self.decoder.model:
@@ -104,7 +114,7 @@ def distribution(logits: Tensor, choice: Choice) -> Tensor:
     logits = upcast(logits)
     if not choice.temperature:
         return logits.log_softmax(-1)
-    logits = logits / choice.temperature
+    logits = logits if choice.temperature == 1 else logits / choice.temperature
     if 0 < choice.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(choice.top_k).values[..., -1:], -torch.inf)
     if choice.top_p < 1:
@@ -120,7 +130,7 @@ def drawn(logp: Tensor, uniform: Tensor) -> Tensor:
     >>> drawn(torch.tensor([[0.5, 0.0, 0.5]] * 3).log(), torch.tensor([0.0, 0.499, 0.5], dtype=torch.float64))
     tensor([0, 0, 2])
     """
-    below = logp.double().exp().cumsum(-1)
+    below = logp.to(torch.float64, copy=True).exp_().cumsum_(-1)
     return torch.searchsorted(below, uniform[:, None] * below[:, -1:], right=True).squeeze(-1)
 
 
@@ -193,13 +203,11 @@ class Voice:
 
     def read(self, ids: Tensor, attend: Tensor, width: int) -> tuple[Tensor, object]:
         """Last states (N, D) of the prompts and the cache of all their tokens, made `width` columns at a time."""
-        from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+        from prefopt.rollout.cache import empty, is_growing
         if not self.trunk.checked:
             self.trunk.check(ids[:1, attend[0].argmax():])
-        cache = DynamicCache(config=self.config)
-        plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-        width = width if plain else ids.shape[1]              # other states are made in one piece
+        cache = empty(self.config)
+        width = width if is_growing(cache) else ids.shape[1]              # other states are made in one piece
         position = (attend.cumsum(1) - 1).clamp(min=0)
         for start in range(0, ids.shape[1], width):
             part = slice(start, start + width)
@@ -217,7 +225,8 @@ class Voice:
 
     def logits(self, state: Tensor) -> Tensor:
         with self.speaking():
-            return self.share * upcast(self.trunk.head(state))
+            logits = upcast(self.trunk.head(state))
+        return logits if self.share == 1 else self.share * logits
 
 
 @dataclass
@@ -326,10 +335,10 @@ class Decoder:
             self.counts["decoded"] += len(rows)
 
 
-def packs(prompts: Mapping[tuple, list[Row]], batch: int) -> Iterator[dict[tuple, list[Row]]]:
+def packs(prompts: Mapping[tuple, list[T]], batch: int) -> Iterator[dict[tuple, list[T]]]:
     """Prompts in packs of at most `batch` rows, or of one prompt: long ones first, so that little padding is read and what
     does not fit fails at once."""
-    pack: dict[tuple, list[Row]] = {}
+    pack: dict[tuple, list[T]] = {}
     size = 0
     for ids in sorted(prompts, key=len, reverse=True):
         if pack and size + len(prompts[ids]) > batch:
