@@ -10,6 +10,7 @@ from data_tools.columns import nearest
 from data_tools.records import Message, Prompt
 
 PLACE = "place"                                               # the reserved key of Group.meta: "file.jsonl:12"
+FAILED = "failed"                                             # key of Group.meta: why a group could not be finished, or made
 MARKERS = {"Human:": re.compile(r"\n\n(Human|Assistant):"), "## Human:": re.compile(r"\n## (Human|Assistant):")}
 ROLES = {"Human": "user", "Assistant": "assistant", "human": "user", "gpt": "assistant", "observation": "tool"}
 FLAGS = {"true": True, "false": False, "1": True, "0": False}

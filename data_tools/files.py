@@ -51,8 +51,7 @@ def resolve(source, split: str | None = None, streaming: bool = False) -> list[S
         raise ValueError(f"split={split!r} picks from a hub data set or a folder, but {name} is a file: leave it out")
     found = [name] if path.exists() else sorted(glob(name, recursive=True))
     if not found:
-        parent = path.parent if path.parent.is_dir() else Path()
-        raise FileNotFoundError(f"{name} does not exist{near(path.name, os.listdir(parent))}")
+        exists(name)
     return [_file(one) for one in found if has_magic(name) is False or Path(one).is_file()]
 
 
@@ -250,19 +249,34 @@ def write(records: Iterable[dict], path) -> int:
     ending = kind(path.name)
     if ending not in WRITERS or ending == ".parquet" and path.name.endswith(".gz"):
         raise ValueError(f"{path}: cannot write this file ending; known: .jsonl, .jsonl.gz, .parquet")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as stream:
+    with part(path) as temporary:
+        with open(temporary, "wb") as stream:
             if path.name.endswith(".gz"):
                 with gzip.GzipFile("", "wb", 6, stream, mtime=0) as packed:
                     count = WRITERS[ending](records, packed)
             else:
                 count = WRITERS[ending](records, stream)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        os.replace(temporary, path)
     return count
+
+
+def exists(name: str | Path) -> None:
+    """An error with the nearest name, where there is no such file."""
+    path = Path(name)
+    if not path.exists():
+        parent = path.parent if path.parent.is_dir() else Path()
+        raise FileNotFoundError(f"{name} does not exist{near(path.name, os.listdir(parent))}")
+
+
+@contextmanager
+def part(path: Path) -> Iterator[Path]:
+    """A name to write a file under; afterwards it is gone, unless it was renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_jsonl(records: Iterable[dict], stream) -> int:

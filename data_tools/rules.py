@@ -134,7 +134,11 @@ def widest(chosen: Pairs, values: Sequence[float], *, most: int | None, each: in
 
 
 def keep(group: Group, chosen: Iterable[int]) -> Group:
-    """The group with only some of its responses, and their labels."""
+    """The group with only some of its responses, in this order, and their labels.
+
+    >>> keep(Group("?", [Response("a"), Response("b"), Response("c")], [2.0, 1.0, 0.0]), [2, 0]).relevance
+    [0.0, 2.0]
+    """
     chosen = list(chosen)
     if not chosen:
         return replace(group, responses=[], relevance=None, wins=None, meta=dict(group.meta))

@@ -59,8 +59,12 @@ def line(function: Callable) -> str:
     parameters = inspect.signature(function).parameters.values()
     takes = next(TAKES[p.name] for p in parameters if p.name in TAKES)
     settings = ", ".join(f"`{shown(p)}`" for p in parameters if p.kind is p.KEYWORD_ONLY)
-    what = re.sub(r"\s+", " ", inspect.getdoc(function).split("\n\n")[0])
-    return f"| `{function.__name__}` | {takes} | {what.replace('|', chr(92) + '|')} | {settings} |"
+    return f"| `{function.__name__}` | {takes} | {summary(function).replace('|', chr(92) + '|')} | {settings} |"
+
+
+def summary(function: Callable) -> str:
+    """What it does: the first paragraph of its words."""
+    return re.sub(r"\s+", " ", inspect.getdoc(function).split("\n\n")[0])
 
 
 def shown(parameter: inspect.Parameter) -> str:

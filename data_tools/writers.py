@@ -83,6 +83,16 @@ def push(folder: Path, repository: str, *, private: bool = True, message: str = 
     """
     from huggingface_hub import HfApi
     hub = HfApi()
-    hub.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-    return str(hub.upload_folder(folder_path=str(folder), repo_id=repository, repo_type="dataset", commit_message=message,
-                                 ignore_patterns=[".*"]))
+    try:
+        hub.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        return str(hub.upload_folder(folder_path=str(folder), repo_id=repository, repo_type="dataset", commit_message=message,
+                                     allow_patterns=uploaded(folder)))
+    except Exception as error:                                # whatever the hub's client raises
+        raise ConnectionError(f"{folder} is not on the hub ({type(error).__name__}: {error}): see that huggingface.co can be "
+                              f"reached, that `hf auth login` was done, and that {repository!r} may be written") from error
+
+
+def uploaded(folder: Path) -> list[str]:
+    """What `push` uploads: every file of the folder but hidden ones, which a build that was killed may have left."""
+    found = (p.relative_to(folder) for p in sorted(Path(folder).rglob("*")) if p.is_file())
+    return [p.as_posix() for p in found if not any(piece.startswith(".") for piece in p.parts)]

@@ -19,9 +19,9 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="""
     Build preference data, look at it, mend it, convert it.
 
     The way of a data set: `build` samples responses to prompts, scores them, makes labels and pairs, and writes them with a
-    card and a page. `check` says what is wrong with data, `fix` mends it, `view` shows it and takes labels, `relabel` puts those
-    in. `validate`, `convert` and `describe` take any file of preferences, `push` puts a folder on the hub. The tour is
-    docs/data.md.
+    card and a page; `stages` lists what a build is made of. `check` says what is wrong with data, `fix` mends it, `view` shows
+    it and takes labels, `relabel` puts those in. `validate`, `convert` and `describe` take any file of preferences, `push` puts
+    a folder on the hub. The tour is docs/data.md.
     """)
 
 Source = Annotated[str, argument("IN", "A file, glob, folder or hub id.")]
@@ -81,16 +81,13 @@ def build(
         with progress() as tell:
             found = driver.build(plan, resume=resume, overwrite=overwrite, retry=retry, tell=tell)
     except driver.NothingLeft as nothing:
-        console.print(summary(nothing.steps))
+        report(nothing.steps)
         raise
     except KeyboardInterrupt:
         again = shlex.join(["prefopt", "data", "build", str(file), *(settings or []), "--resume"])
         stderr.print(f"interrupted; what was done is kept. Go on with: {again}", soft_wrap=True)
         raise typer.Exit(130) from None
-    console.print(summary(found.steps))
-    for step in found.steps:
-        for line in step.said:
-            console.print(Text(f"{step.name}: ", style="cyan").append(line, style="default"), soft_wrap=True)
+    report(found.steps)
     count = sum(found.splits.values())
     told = ", ".join(f"{n:,} in {split}" for split, n in found.splits.items())
     console.print(f"{count:,} group{'s' * (count != 1)} ({told}) in {found.out}", soft_wrap=True)
@@ -132,6 +129,14 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield tell
 
 
+def report(steps: Sequence) -> None:
+    """What became of the groups, and what the stages say of it."""
+    console.print(summary(steps))
+    for step in steps:
+        for line in step.said:
+            console.print(Text(f"{step.name}: ", style="cyan").append(line, style="default"), soft_wrap=True)
+
+
 def summary(steps: Iterable):
     """What became of the groups, stage by stage."""
     rows = []
@@ -142,6 +147,37 @@ def summary(steps: Iterable):
                      "from the cache" if step.reused == step.inputs else f"{step.reused} of {step.inputs} shards from the cache"
                      if step.reused else ""))
     return grid(rows, head=("stage", "groups", "removed", "left", "responses", ""))
+
+
+@app.command()
+def stages(name: Annotated[str | None, argument("NAME", "A stage or a rule.")] = None):
+    """List what a pipeline file may name: stages, and the rules that label, select and augment. With NAME: all about one.
+
+    Examples:
+
+        prefopt data stages
+        prefopt data stages best_worst
+        prefopt data stages check
+    """
+    import inspect
+
+    from data_tools.columns import nearest
+    from data_tools.pipeline.config import STAGES, function_named, keywords, positional
+    from data_tools.rules_page import SECTIONS, functions, shown, summary
+    found = {"Stages": {kind: function_named(spec) for kind, spec in STAGES.items() if ":" in spec}}
+    found |= {title: {rule.__name__: rule for rule in functions(home)} for title, home in SECTIONS.items()}
+    if name is None:
+        for title, known in found.items():
+            console.print(Text(title, style="bold"))
+            console.print(grid((f"  {key}", summary(function)) for key, function in known.items()))
+        return
+    known = {key: function for some in found.values() for key, function in some.items()}
+    if name not in known:
+        raise ValueError(f"there is no stage or rule {name!r}{nearest(name, known)}; `prefopt data stages` lists them")
+    settings = [p for p in inspect.signature(known[name]).parameters.values() if p.name in keywords(known[name])]
+    console.print(Text(f"{name}({', '.join(map(shown, settings))})", style="cyan"), soft_wrap=True)
+    console.print(Text(f"sees: {', '.join(positional(known[name]))}\n", style="dim"))
+    console.print(Text(inspect.getdoc(known[name])), soft_wrap=True)
 
 
 # ---------------------------------------------------------------------------------------------------- look at it, mend it
@@ -156,7 +192,7 @@ def check(
                                                                                  "repeated.")] = (),
     skip: Annotated[list[str], typer.Option(help="A check to leave out: records, texts, hooks, language, contamination, "
                                                  "duplicates, bias or labels. May be repeated.")] = (),
-    near: Annotated[float, typer.Option(help="Overlap of word triples that makes two groups near duplicates.")] = 0.8,
+    near: Annotated[float, typer.Option(help="Overlap of pairs of words that makes two groups near duplicates.")] = 0.7,
     language: Annotated[list[str], typer.Option(help="A language that is wanted, such as en. May be repeated.")] = (),
     score: Annotated[str | None, typer.Option(help="The score that judges the labels. Left out: a model of the words.")] = None,
     format: Format = None,
@@ -400,18 +436,24 @@ def push(
     folder: Annotated[Path, argument("FOLDER", "What a build wrote.")],
     repository: Annotated[str, argument("OWNER/NAME", "The data set on the hub; it is made if it is not there.")],
     public: Annotated[bool, typer.Option("--public", help="Let everybody see it.")] = False,
+    dry: Annotated[bool, typer.Option("--dry", help="Only say what would be uploaded.")] = False,
 ):
     """Put a folder that a build wrote on the hub, as a private data set.
 
     Nothing else in prefopt uploads anything. You are asked for no password: `hf auth login` comes before.
 
-    Example:
+    Examples:
 
+        prefopt data push runs/pairs me/pairs --dry
         prefopt data push runs/pairs me/pairs
     """
-    from data_tools.writers import push
+    from data_tools.writers import push, uploaded
     if not (folder / "build.json").exists() or not json.loads((folder / "build.json").read_text(encoding="utf-8"))["finished"]:
         raise ValueError(f"{folder} is no finished build: run prefopt data build first")
+    if dry:
+        console.print(f"the {'public' if public else 'private'} data set {repository} would have", soft_wrap=True)
+        console.print(grid((f"  {name}", f"{(folder / name).stat().st_size:,} bytes") for name in uploaded(folder)))
+        return
     console.print(f"the data set is {push(folder, repository, private=not public)}", soft_wrap=True)
 
 

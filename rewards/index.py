@@ -44,6 +44,16 @@ def find(spec: object) -> Callable:
     >>> find({"bleu": {"smooth_from": None}}).keywords
     {'smooth_from': None}
     """
+    name, thing, arguments = resolved(spec)
+    if hasattr(thing, "settings") and not inspect.isclass(thing):                # a reward that is made already
+        return thing
+    if kind(thing) != "row function":
+        return thing(**arguments)
+    return partial(thing, **arguments) if arguments else thing
+
+
+def resolved(spec: object) -> tuple[str, Callable, Mapping]:
+    """Name, function or class, and arguments of a spec, checked against the signature; nothing is made."""
     if isinstance(spec, Mapping) and len(spec) == 1:
         (name, arguments), = spec.items()
     else:
@@ -51,7 +61,7 @@ def find(spec: object) -> Callable:
     if not isinstance(name, str) or not isinstance(arguments, (Mapping, type(None))):
         raise ValueError(f"a reward is written as 'name', 'module:name' or {{name: {{argument: value}}}}, found {spec!r}")
     if name not in WHERE and (Path(name).is_dir() or "/" in name and ":" not in name):
-        return find({"trained": {"name": name, **(arguments or {})}})
+        return resolved({"trained": {"name": name, **(arguments or {})}})
     if ":" not in name and name not in WHERE:
         raise ValueError(f"there is no reward {name!r}{nearest(name, WHERE)}; rewards: {', '.join(WHERE)}, or 'module:name'")
     thing = parts.find(WHERE.get(name, name), "")
@@ -60,13 +70,8 @@ def find(spec: object) -> Callable:
     if hasattr(thing, "settings") and not inspect.isclass(thing):                # a reward that is made already
         if arguments:
             raise ValueError(f"{name!r} is a reward that is made already, so it takes no arguments, found {dict(arguments)}")
-        return thing
-    return made(name, thing, arguments or {})
-
-
-def made(name: str, thing: Callable, arguments: Mapping) -> Callable:
-    """The reward that a class or builder makes with the arguments, or the row function with them bound."""
-    accepts = signature(thing)
+        return name, thing, {}
+    accepts, arguments = signature(thing), arguments or {}
     if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(thing).parameters.values()):
         for argument in arguments:
             if argument not in accepts:
@@ -75,9 +80,7 @@ def made(name: str, thing: Callable, arguments: Mapping) -> Callable:
     missing = [k for k, default in accepts.items() if default is inspect.Parameter.empty and k not in arguments]
     if missing:
         raise ValueError(f"reward {name!r} needs {', '.join(missing)}: write {{{name}: {{{missing[0]}: ...}}}}")
-    if kind(thing) != "row function":
-        return thing(**arguments)
-    return partial(thing, **arguments) if arguments else thing
+    return name, thing, arguments
 
 
 def kind(thing: Callable) -> str:

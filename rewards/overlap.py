@@ -1,4 +1,4 @@
-"""Overlap with one or several reference answers: BLEU, ROUGE, chrF, and which instructions are worth training on.
+"""Overlap with one or several reference answers: BLEU, ROUGE, chrF.
 
 All are functions of one row: `text` is the response, `reference` a text or a list of texts. Scores lie in [0, 1]; a blank
 response scores 0, by definition of the measures. With `tag="answer"` only what stands in the last <answer>...</answer>
@@ -7,13 +7,11 @@ counts, and a response without it is a blank one (pair it with a format reward).
 from __future__ import annotations
 
 import math
-import random
 import re
 from collections import Counter
 from collections.abc import Sequence
 
-__all__ = ["bleu", "bleu_rouge", "chrf", "easiest", "hardest", "middle", "random_choice", "rouge_1", "rouge_2", "rouge_l",
-           "tagged", "tokenise_13a"]
+__all__ = ["bleu", "bleu_rouge", "chrf", "rouge_1", "rouge_2", "rouge_l", "tagged", "tokenise_13a"]
 
 
 def tagged(text: str, tag: str | None) -> str:
@@ -214,46 +212,3 @@ def chrf_of(text: str, reference: str, order: int, beta: float) -> float:
         precision.append(shared / found.total())
         recall.append(shared / wanted.total())
     return f_score(sum(precision) / len(precision), sum(recall) / len(recall), beta=beta) if precision else 0.0
-
-
-# ------------------------------------------------------------------------------------------------------------- selection
-def hardest(scores: Sequence[float], n: int) -> list[int]:
-    """Indices of the n instructions on which the base model scores lowest, lowest first; equal scores in file order.
-
-    Reference   Chang et al., BLEUBERI, arXiv:2505.11080 (5,000 of 50,000)
-
-    >>> hardest([0.3, 0.1, 0.2], 2)
-    [1, 2]
-    """
-    return ranked(scores, n)[:n]
-
-
-def easiest(scores: Sequence[float], n: int) -> list[int]:
-    """Indices of the n highest scores, highest first.
-
-    >>> easiest([0.3, 0.1, 0.2], 2)
-    [0, 2]
-    """
-    return ranked(scores, n)[::-1][:n]
-
-
-def middle(scores: Sequence[float], n: int) -> list[int]:
-    """Indices of the n scores around the median, lowest first.
-
-    >>> middle([0.3, 0.1, 0.2, 0.9, 0.5], 3)
-    [2, 0, 4]
-    """
-    start = (len(scores) - n) // 2
-    return ranked(scores, n)[start:start + n]
-
-
-def random_choice(scores: Sequence[float], n: int, *, seed: int = 0) -> list[int]:
-    """n indices at random, whatever the scores."""
-    return random.Random(seed).sample(ranked(scores, n), n)
-
-
-def ranked(scores: Sequence[float], n: int) -> list[int]:
-    if not 0 <= n <= len(scores) or any(math.isnan(s) for s in scores):
-        raise ValueError(f"cannot select {n} of {len(scores)} instructions by score: every one needs a score, and at least "
-                         f"{n} are needed")
-    return sorted(range(len(scores)), key=scores.__getitem__)

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from data_tools.columns import nearest
 from data_tools.pipeline.config import named
 from data_tools.pipeline.identity import code, content, texts
 from data_tools.records import Group
-from rewards.index import WHERE
+from rewards.index import WHERE, resolved
 from rewards.online import Scorer
 
 __all__ = ["Score"]
@@ -34,8 +33,9 @@ class Score:
 
     def identity(self) -> dict:
         """The code of rewards that have a name, and models in folders of this one."""
-        for spec in self.specs:
-            known(settings_of(spec)["reward"])
+        for spec in self.specs:                               # an error, before anything is sampled, where one is misspelt
+            arguments = {k: v for k, v in settings_of(spec).items() if k != "weight"}
+            resolved({arguments.pop("reward"): arguments})
         said = sorted(set(texts(self.specs)))
         folders = [text for text in said if text not in WHERE and "/" not in text and Path(text).is_dir()]
         return {text: code(WHERE[text].partition(":")[0]) for text in said if text in WHERE} | {f: content(f) for f in folders}
@@ -85,12 +85,6 @@ class Score:
     def close(self) -> None:
         if self.scorer is not None:
             self.scorer.close()
-
-
-def known(name: str) -> None:
-    """An error, before anything is sampled, where there is no such reward."""
-    if name not in WHERE and ":" not in name and "/" not in name and not Path(name).is_dir():
-        raise ValueError(f"there is no reward {name!r}{nearest(name, WHERE)}; rewards: {', '.join(WHERE)}, or 'module:name'")
 
 
 def agreements(group: Group, one: str, other: str) -> list[float]:

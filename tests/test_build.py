@@ -12,14 +12,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from data_tools import load
+from data_tools import augment, load, select
 from data_tools.labels import best_worst, split
 from data_tools.pipeline.config import STAGES, make
 from data_tools.pipeline.driver import NothingLeft, build, differences, recorded, survey
-from data_tools.pipeline.identity import code, named
+from data_tools.pipeline.identity import code, imported, named, parsed
 from data_tools.pipeline.provenance import normalised, prompt_id, split_of
 from data_tools.quality.words import identity
 from data_tools.records import Group, Response
+from data_tools.select.sampling import linearity
 from data_tools.writers import write
 from prefopt import cli
 
@@ -244,14 +245,34 @@ def test_code_counts_and_words_about_it_do_not(place, monkeypatch):
     def digest(text):
         Path("my_rules.py").write_text(text)
         sys.modules.pop("my_rules", None)
-        code.cache_clear()
-        import linecache
-        linecache.clearcache()
+        parsed.cache_clear()
         return code("my_rules")
 
     first = digest('def f(group):\n    return [group]\n')
     assert digest('"""Words."""\n\n\ndef f(group):  # more\n    """And more."""\n    return [group]\n') == first
     assert digest('def f(group):\n    return []\n') != first
+
+
+def test_code_that_a_rule_needs_counts(place, monkeypatch):
+    """Of its own package, however far away; another package does not count."""
+    monkeypatch.syspath_prepend(str(place))
+    (place / "mine").mkdir()
+    written = {"__init__": "", "rules": "import json\nfrom mine import steps\n", "far": "x = 1\n", "apart": "x = 1\n",
+               "steps": "def f():\n    from .far import x\n    return x\n"}
+    for name, text in written.items():
+        (place / "mine" / f"{name}.py").write_text(text)
+
+    def digests(name, text):
+        (place / "mine" / f"{name}.py").write_text(text)
+        for known in [m for m in sys.modules if m.partition(".")[0] == "mine"]:
+            del sys.modules[known]
+        parsed.cache_clear()
+        return imported("mine.rules"), code("mine.rules")
+
+    first = digests("far", "x = 1\n")
+    assert digests("apart", "x = 2\n") == first == digests("far", "x = 1  # one\n")
+    changed = digests("far", "x = 22\n")
+    assert changed[0] != first[0] and changed[1] == first[1]
 
 
 def test_what_settings_name_counts(place):
@@ -291,6 +312,9 @@ def test_a_folder_that_is_there_is_refused(place):
         build(plan())
     build(plan(["build_rules:answers", "build_rules:length", *LATE]), resume=True)
     assert files() == expected
+    with pytest.raises(ValueError, match="no good"):
+        build(plan(["build_rules:answers", {"build_rules:breaks": {"at": PROMPTS[3]}}], out="stopped"))
+    build(plan(["build_rules:answers"], out="stopped"))       # nothing was written yet, so there is nothing to lose
     (place / "out" / "mine.txt").write_text("mine")
     build(plan(["build_rules:answers"]), overwrite=True)
     assert set(files()) == {"build.json", "mine.txt", "groups/test.jsonl", "groups/train.jsonl"}
@@ -380,9 +404,9 @@ def test_the_source_prompt_is_kept_from_build_to_build(place):
 def test_a_broken_line_is_named(place):
     lines = Path("prompts.jsonl").read_text().splitlines()
     Path("prompts.jsonl").write_text("\n".join([*lines[:4], '{"prompt": "broken', '{"prompt": " "}', *lines[4:]]) + "\n")
-    with pytest.raises(ValueError, match="prompts.jsonl:5: malformed json"):
+    with pytest.raises(ValueError, match="prompts.jsonl:5: malformed json.* on_bad: skip}"):
         build(plan())
-    found = build(plan(source={"path": "prompts.jsonl", "on_bad": "skip"}), resume=False, overwrite=True)
+    found = build(plan(source={"path": "prompts.jsonl", "on_bad": "skip"}))
     assert found.steps[0].counts["skipped"] == 2 and found.steps[0].groups == [0, 17]
     said = " ".join(found.steps[0].said)
     assert "prompts.jsonl:5: malformed json" in said and "prompts.jsonl:6: the prompt is empty" in said
@@ -519,12 +543,18 @@ def test_push_uploads_a_folder_as_a_private_data_set(tmp_path, monkeypatch):
             calls.append((name, settings["repo_type"], settings["private"]))
 
         def upload_folder(self, **settings):
-            calls.append((settings["folder_path"], settings["repo_id"], settings["repo_type"]))
+            calls.append((settings["folder_path"], settings["repo_id"], settings["repo_type"], settings["allow_patterns"]))
             return "https://hub/me/d"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    (tmp_path / "d" / ".hidden").mkdir(parents=True)
+    for name in ("d/x.jsonl", "d/.x.7.part", ".y", "d/.hidden/z"):
+        (tmp_path / name).write_text("x")
     assert push(tmp_path, "me/d") == "https://hub/me/d"
-    assert calls == [("me/d", "dataset", True), (str(tmp_path), "me/d", "dataset")]
+    assert calls == [("me/d", "dataset", True), (str(tmp_path), "me/d", "dataset", ["d/x.jsonl"])]
+    Hub.create_repo = lambda *_, **__: 1 / 0                  # whatever a client raises
+    with pytest.raises(ConnectionError, match="ZeroDivisionError: division by zero.*hf auth login"):
+        push(tmp_path, "me/d")
 
 
 # ---------------------------------------------------------------------------------------------------- quality as stages
@@ -550,6 +580,17 @@ def test_checks_repairs_and_pages(place):
         build(plan([{"fix": {"repairs": ["duplicate"]}}], source="pairs.jsonl", split={}, out="o2"))
     again = build(plan(stages, source="pairs.jsonl", split={}), resume=True)
     assert [s.said for s in again.steps] == [s.said for s in found.steps]
+
+
+def test_which_filter_to_take(place):
+    """The middle response is off the line, which the best and the worst are on."""
+    rows = [{"prompt": f"{n}", "responses": [{"text": f"{r}", "scores": {"reward": r, "true": t}} for r, t in
+                                             ((0, n), (1, 9), (2, 2))]} for n in range(3)]
+    Path("lists.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    said = build(plan([{"linearity": {"truth": "true"}}], source="lists.jsonl")).steps[1].said
+    loaded, weights = list(load("lists.jsonl")), {"best": 1, "others": 0, "worst": 1}
+    assert len(said) == 4 and "no R^2 by {'best': 1, 'others': 0, 'worst': 0}: no line fits" in said[0]
+    assert f"R^2 {linearity(loaded, truth='true', **weights):.3f} by {weights}" == said[1]
 
 
 def test_commands_to_look_and_mend(place):
@@ -589,21 +630,34 @@ def test_the_command(place):
     assert code_ == 0 and "from the cache" in said and Path("two/pairs/train.jsonl").exists()
     code_, said = prefopt("data", "build", "nothing.yaml")
     assert code_ == 2 and "no pipeline file 'nothing.yaml'" in said
-    raw["stages"] = ["build_rules:answers", "build_rules:nothing"]
+    raw["stages"] = ["build_rules:answers", "build_rules:Half", "build_rules:nothing"]
     Path("build.yaml").write_text(yaml.safe_dump(raw))
     code_, said = prefopt("data", "build", "build.yaml", "--overwrite")
-    assert code_ == 2 and "build_rules:nothing 17 17 0 0" in said and "error: nothing is left after" in said
+    assert code_ == 2 and "build_rules:nothing 8 8 0 0" in said and "error: nothing is left after" in said
+    assert "build_rules:Half: kept 8" in said                 # what the stages before say, too
     raw["stages"] = ["build_rules:answers", "build_rules:fails"]
     Path("build.yaml").write_text(yaml.safe_dump(raw))
     code_, said = prefopt("data", "build", "build.yaml", "--overwrite")
     assert code_ == 1 and "failed.jsonl says why" in said
     code_, said = prefopt("data", "push", "nowhere", "me/d")
     assert code_ == 2 and "no finished build" in said
+    code_, said = prefopt("data", "push", "two", "me/d", "--dry")
+    assert code_ == 0 and said.startswith("the private data set me/d would have build.json") and "pairs/train.jsonl" in said
+
+
+def test_the_list_of_stages():
+    code_, said = prefopt("data", "stages")
+    known = [*(kind for kind, spec in STAGES.items() if ":" in spec), *select.__all__, *augment.__all__]
+    assert code_ == 0 and len(known) > 50 and all(f" {name} " in said for name in known)
+    code_, said = prefopt("data", "stages", "best_worst")
+    assert code_ == 0 and said.startswith('best_worst(score="reward", margin=0.0) sees: group') and "Edge" in said
+    code_, said = prefopt("data", "stages", "scor")
+    assert code_ == 2 and "did you mean 'score'" in said
 
 
 def test_the_tour():
     code_, said = prefopt("data", "--help")
     said = said.partition("Commands")[2]
-    names = ("build", "check", "fix", "view", "relabel", "validate", "convert", "describe", "push")
+    names = ("build", "stages", "check", "fix", "view", "relabel", "validate", "convert", "describe", "push")
     order = [said.index(f" {name} ") for name in names]
     assert code_ == 0 and order == sorted(order)

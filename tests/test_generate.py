@@ -1,6 +1,11 @@
 """Responses for data sets: mixtures of policies, ladders, hints, files and services; what fails is tried again and told."""
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +22,7 @@ from prefopt.rollout import generate
 from prefopt.rollout.generate import Asked, Generate, Texts, tried
 from rewards.stage import Score
 
+ROOT = Path(__file__).parents[1]
 CALLS: list = []
 
 
@@ -128,12 +134,14 @@ def test_a_prompt_that_fails_is_found_tried_again_and_told():
     assert all("failed" not in found[n].meta for n in (0, 1, 3, 4))
     assert sum(call == ["bad"] for call in CALLS) == 3        # once when it is found, and twice more
     stage = Generate(policies={"p": echo(n=2)})
-    assert stage.told(stage.count(found)) == ["1 prompts that lack responses of p", "8 responses of p"]
+    assert stage.told(stage.count(found)) == ["1 prompts lack responses of p: ask again with --resume --retry",
+                                              "8 responses of p"]
 
 
 def test_what_is_missing_of_one_policy_is_noted():
     found = answers(groups("few", "bad few"), p=echo(n=3), q={"sampler": {"recorded": {"path": write("few", 1)}}, "n": 2})
-    assert found[0].meta["unsampled"] == {"p": "1 of 3 responses", "q": "1 of 2 responses"} and len(found[0].responses) == 2
+    assert found[0].meta["unsampled"] == {"p": "it gave 1 of 3 responses", "q": "it gave 1 of 2 responses"}
+    assert len(found[0].responses) == 2
     assert set(found[1].meta["unsampled"]) == {"p", "q"}
     assert found[1].meta["failed"].startswith("p: RuntimeError: cannot answer bad")
 
@@ -199,7 +207,7 @@ def test_recorded_responses_are_found_by_what_the_prompt_says():
     found = answers(groups("what is it?", "other"), old={"sampler": {"recorded": {"path": path}}, "n": 2})
     assert [r.text for r in found[0].responses] == ["r0", "r1"] and found[0].responses[1].meta == {
         "generator": "g1", "sampled": {"path": path}}
-    assert found[1].meta["failed"] == "old: 0 of 2 responses"
+    assert found[1].meta["failed"] == "old: it gave 0 of 2 responses"
 
 
 # ---------------------------------------------------------------------------------------------------------------- service
@@ -304,6 +312,21 @@ def test_what_is_sampled_is_what_the_sampler_gives(model):
         assert [(r.text, r.tokens, r.logp) for r in one.responses] == [(r.text, r.tokens, r.logp) for r in two.responses]
 
 
+def test_the_version_of_a_model_of_the_hub(tmp_path, monkeypatch):
+    """The commit that its name stood for when it was fetched; nothing is asked of the hub."""
+    import huggingface_hub.constants
+    home = tmp_path / "models--me--model"
+    (home / "snapshots" / "abc123").mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc123")
+    (home / "snapshots" / "abc123" / "config.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    named = lambda **more: Asked("p", {"sampler": {"transformers": {"model": "me/model", **more}}}, 0).label
+    assert named() == {"model": "me/model", "version": "abc123"} and named(revision="v2")["version"] == "v2"
+    served = Asked("p", {"sampler": {"endpoint": {"url": "http://x/v1", "model": "me/model"}}}, 0)
+    assert served.label == {"model": "me/model"}
+
+
 def test_a_pipeline_that_samples_scores_and_pairs(model, tmp_path):
     """The whole way, twice: byte for byte; another model's weights are another policy."""
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": "? " * (n + 1)}) + "\n" for n in range(6)))
@@ -324,6 +347,64 @@ def test_a_pipeline_that_samples_scores_and_pairs(model, tmp_path):
     before = recorded(plan("one"))["stages"][0]
     (Path(model) / "note.txt").write_text("x")
     assert recorded(plan("one"))["stages"][0] != before
+
+
+def test_killed_while_sampling(model, tmp_path):
+    """Killed (SIGKILL) among its shards and resumed: the bytes of a build that was left alone, and no shard sampled again."""
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": "? " * (n + 1)}) + "\n" for n in range(8)))
+    policy = real(str(Path(model).resolve()), n=2, max_new_tokens=150)
+    spec = {"source": "prompts.jsonl", "out": "one", "cache": "cache", "shard": 1, "stages": [{"generate": {"policies": {
+        "p": policy}}}, {"write": {"name": "all"}}]}
+    Path("build.yaml").write_text(json.dumps(spec))           # JSON is YAML
+    command = [sys.executable, "-m", "prefopt", "data", "build", "build.yaml"]
+    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    made = lambda: {p: p.stat().st_mtime_ns for p in Path("cache/made").rglob("*.json")}
+    while len(made()) < 3 and child.poll() is None:           # the source and two shards
+        time.sleep(0.002)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    before = made()
+    assert 3 <= len(before) < 9
+    found = build(make(spec), resume=True)
+    assert found.steps[1].reused == len(before) - 1 and {p: t for p, t in made().items() if p in before} == before
+    build(make({**spec, "out": "two", "cache": "other"}))
+    for name in ("all/train.jsonl", "build.json"):
+        assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
+
+
+def test_what_one_policy_of_two_lacks_is_told_and_asked_again(tmp_path, monkeypatch):
+    """The groups go on with what they have."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("a", "b bad", "c")))
+
+    def once(**more):
+        return build(make({"source": "prompts.jsonl", "out": "out", "cache": "cache", "shard": 2, "stages": [{"generate": {
+            "policies": {"p": echo(), "q": {"sampler": {"test_generate:Steady": None}}}}}]}), **more)
+
+    said = once().steps[1].said
+    assert said[0].startswith("prompts.jsonl:2: p: RuntimeError: cannot answer b bad")
+    assert "1 prompts lack responses of p: ask again with --resume --retry" in said
+    CALLS.clear()
+    assert once(resume=True).steps[1].said == said and CALLS == []
+    monkeypatch.setattr(Echo, "__call__", Steady.__call__)
+    found = once(resume=True, retry=True)
+    assert [sorted(call) for call in CALLS] == [["a", "b bad"]] * 2 and not any("lack" in line for line in found.steps[1].said)
+
+
+def test_what_an_earlier_stage_lacked_stays_told():
+    """Until the same policy is asked again."""
+    first = Generate(policies={"p": echo(n=3)})(groups("few"))
+    both = Generate(policies={"q": echo(n=2)})(first)
+    assert set(both[0].meta["unsampled"]) == {"p", "q"}
+    again = Generate(policies={"p": {"sampler": {"test_generate:Steady": None}}})
+    assert again.lacking(both) == [f"{both[0].meta[PROMPT_ID]}: p: it gave 1 of 3 responses"]
+    assert set(again(both)[0].meta["unsampled"]) == {"q"}
+
+
+class Steady(Echo):
+    def __call__(self, prompts, *, n, **settings):
+        CALLS.append([str(p) for p in prompts])
+        return [Group(p, [Response(f"{j}") for j in range(n)]) for p in prompts]
 
 
 def shortness(text) -> float:
@@ -373,6 +454,10 @@ def test_responses_that_cannot_be_scored():
 def test_mistakes_of_rewards_are_told_before_anything_runs():
     with pytest.raises(ValueError, match="there is no reward 'final_anser', did you mean 'final_answer'"):
         Score(rewards=["final_anser"]).identity()
+    with pytest.raises(ValueError, match="test_generate has no 'shortnes', did you mean 'shortness'"):
+        Score(rewards=["test_generate:shortnes"]).identity()
+    with pytest.raises(ValueError, match="reward 'bleu' has no argument 'ordr', did you mean 'order'"):
+        Score(rewards={"bleu": {"ordr": 2, "weight": 0.5, "as": "overlap"}}).identity()
     with pytest.raises(ValueError, match="'raise' or 'mark'"):
         Score(rewards="bleu", unscored="skip")
     assert set(Score(rewards={"weighted": {"parts": {"bleu": None}, "weights": {"bleu": 1}}}).identity()) == {"weighted", "bleu"}

@@ -12,11 +12,7 @@ from rewards.overlap import (
     bleu_rouge,
     chrf,
     common_subsequence,
-    easiest,
     f_score,
-    hardest,
-    middle,
-    random_choice,
     rouge_1,
     rouge_2,
     rouge_l,
@@ -194,18 +190,3 @@ def test_agreement_with_the_truth_grows_with_the_number_of_references():
             a, b = bleu(few, paraphrases[:n]), bleu(many, paraphrases[:n])
             right[n] += (a > b) + 0.5 * (a == b)
     assert right[1] < right[2] < right[4] and right[4] > 0.95 * 300
-
-
-# ------------------------------------------------------------------------------------------------------------- selection
-def test_selection():
-    scores = [0.5, 0.1, 0.9, 0.1, 0.7]
-    assert hardest(scores, 3) == [1, 3, 0] and easiest(scores, 2) == [2, 4] and middle(scores, 1) == [0]
-    assert middle(scores, 3) == [3, 0, 4] and hardest(scores, 0) == easiest(scores, 0) == []
-    drawn = random_choice(scores, 3, seed=1)
-    assert drawn == random_choice(scores, 3, seed=1) and len(set(drawn)) == 3
-    assert {tuple(random_choice(scores, 2, seed=s)) for s in range(50)} >= {(0, 1), (2, 3)}
-    for choose in (hardest, easiest, middle, random_choice):
-        with pytest.raises(ValueError, match="cannot select 6 of 5"):
-            choose(scores, 6)
-        with pytest.raises(ValueError, match="every one needs a score"):
-            choose([math.nan, 1.0], 1)

@@ -21,9 +21,10 @@ from data_tools.quality.check import check
 from data_tools.quality.describe import describe
 from data_tools.quality.duplicates import candidates, ngrams, overlapping, signatures, twins, verdict
 from data_tools.quality.findings import Finding, Tally, by_group, save
-from data_tools.quality.fix import REPAIRS, fix, fixed, keep
+from data_tools.quality.fix import REPAIRS, fix, fixed
 from data_tools.quality.words import chosen, chunks, counts, digest, identity, shingles, words
 from data_tools.records import Group, Response
+from data_tools.rules import keep
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 real = pytest.mark.skipif(not DATA.is_dir(), reason="the data subsets are not beside the repository")
@@ -224,7 +225,7 @@ def test_bands_miss_hardly_any():
     rng = np.random.default_rng(0)
     base = rng.integers(0, 1 << 16, (2000, 128), dtype=np.uint16)
     copy = np.where(rng.random((2000, 128)) < 0.8, base, rng.integers(0, 1 << 16, (2000, 128), dtype=np.uint16))
-    later, earlier = candidates(np.concatenate([base, copy]))
+    later, earlier = candidates(np.concatenate([base, copy]), np.arange(4000))
     assert sum(a - b == 2000 for a, b in zip(later, earlier, strict=True)) >= 1999
 
 
@@ -394,6 +395,9 @@ def test_position_and_length_bias():
     assert "80.0% of 100 pairs (6 standard errors" in found["length bias"]
     fair = [g if n % 2 else keep(g, [1, 0]) for n, g in enumerate(random_groups(400))]
     assert not {"position bias", "length bias"} & set(kinds(check(fair, skip=["labels"])))
+    lists = [Group(f"list {n}", [Response(f"{n} {k} " + "x" * k) for k in range(20)], [float(k) for k in range(20)])
+             for n in range(4)]                               # four draws of 190 pairs: z = 4 d / sqrt(4 d^2) = 2
+    assert not {"position bias", "length bias"} & set(kinds(check(lists, skip=["labels"])))
 
 
 # --------------------------------------------------------------------------------------------------------------- noise
@@ -669,6 +673,9 @@ def test_tally_counts_groups_once():
 
 
 def test_a_file_that_holds_no_findings(tmp_path):
+    (tmp_path / "findings.jsonl").write_text("")
+    with pytest.raises(FileNotFoundError, match="does not exist, did you mean 'findings.jsonl'"):
+        list(findings.load(tmp_path / "finding.jsonl"))
     (tmp_path / "f.jsonl").write_text('{"kind": "a", "message": "b"}\n{"prompt": "c"}\n')
     with pytest.raises(DataError, match="f.jsonl:2: this line is no finding"):
         list(findings.load(tmp_path / "f.jsonl"))
@@ -697,6 +704,9 @@ def test_check_fix_check(tmp_path):
     assert dropped["place"] == f"{path}:61" and "the same prompt and responses" in dropped["because"][0]
     with pytest.raises(FileExistsError, match="never overwrite"):
         fixed(load(str(path)), found, out, repairs=["duplicate"])
+    with pytest.raises(ValueError, match="did you mean 'duplicate'"):
+        fixed(load(str(path)), found, tmp_path / "other.jsonl", repairs=["duplicat"])
+    assert not list(tmp_path.glob("*other*"))
 
 
 def finding(group, kind, repair="", number=1, **more):
@@ -748,7 +758,7 @@ def test_repairs_that_cannot_be():
         fix([a], [finding(a, "refusal")], repairs={"refusal": "unlable"})
     with pytest.raises(ValueError, match="whole data set"):
         fix([a], [Finding("unreadable", "m")], repairs={"unreadable": "drop"})
-    with pytest.raises(DataError, match="run the check again"):
+    with pytest.raises(DataError, match="Run the check again"):
         list(fix([pair("a", "changed")], [finding(a, "duplicate", "drop")], repairs=["duplicate"]))
 
 

@@ -33,6 +33,17 @@ GROUPS = [Group("one", [made("aaaa", "big", r=2.0, s=1.0), made("bb", "small", r
           Group("four", [Response("h")])]
 
 
+def about(number: int, kind: str, message: str, **more) -> Finding:
+    return Finding(kind, message, group=number, id=identity(GROUPS[number - 1]), **more)
+
+
+@pytest.mark.parametrize("use", [describe, view, lambda groups, findings: list(flagged(groups, findings))])
+def test_findings_of_other_data_are_refused(use):
+    """Group 1 is another one since then."""
+    with pytest.raises(DataError, match="group 1: the check found 'refusal' in another text of this number"):
+        use(GROUPS[1:], findings=[about(1, "refusal", "a")])
+
+
 # ------------------------------------------------------------------------------------------------------------- numbers
 def test_models_and_agreement_by_hand():
     report = describe(iter(GROUPS))
@@ -78,8 +89,8 @@ def test_topics_come_apart():
 
 
 def test_warnings_come_first_and_are_counted():
-    found = [Finding("refusal", "a", group=1), Finding("refusal", "b", group=1), Finding("refusal", "c", group=3),
-             Finding("length bias", "d"), Finding("email", "e", group=2)]
+    found = [about(1, "refusal", "a"), about(1, "refusal", "b"), about(3, "refusal", "c"), Finding("length bias", "d"),
+             about(2, "email", "e")]
     warned = describe(GROUPS, findings=found)["warnings"]
     assert [(w["kind"], w["count"], w["groups"], w["share"]) for w in warned] == [
         ("length bias", 1, 1, 0.25), ("refusal", 3, 2, 0.5), ("email", 1, 1, 0.25)]
@@ -160,7 +171,7 @@ def test_payload():
 
 
 def test_flagged():
-    found = list(flagged(GROUPS[:2], [Finding("k", "m", 0.5, group=2, response=1), Finding("w", "m")]))
+    found = list(flagged(GROUPS[:2], [about(2, "k", "m", sure=0.5, response=1), Finding("w", "m")]))
     assert [g.meta["flags"] for g in found] == [[], [{"kind": "k", "message": "m", "sure": 0.5, "response": 1}]]
 
 
@@ -168,7 +179,8 @@ def test_flagged():
 def test_page_escapes_everything():
     groups = [Group(HOSTILE, [made(HOSTILE, HOSTILE, **{HOSTILE: 1.0}), made("y", "b", **{HOSTILE: 0.0})], [1.0, 0.0],
                     meta={"place": HOSTILE})] * 30
-    report = describe(groups, title=HOSTILE, findings=[Finding(HOSTILE, HOSTILE, group=1), Finding("w", HOSTILE)])
+    found = [Finding(HOSTILE, HOSTILE, group=1, id=identity(groups[0])), Finding("w", HOSTILE)]
+    report = describe(groups, title=HOSTILE, findings=found)
     page = render(report)
     assert "<img" not in page and "<script>alert" not in page and page.count("<script") == 2 and page.count("</script>") == 2
     assert "{{ 7 * 7 }}" in page

@@ -238,8 +238,8 @@ def test_a_search_as_a_stage(model, tmp_path, monkeypatch):
     from data_tools.pipeline.driver import build
     monkeypatch.chdir(tmp_path)
     Path("prompts.jsonl").write_text('{"prompt": "? ?"}\n{"prompt": "good"}\n')
-    stage = {"prefopt.rollout.search:Search": {"sampler": {"transformers": {"model": model}}, "rewards": ["test_search:goods"],
-                                               "iterations": 8, "step": 3, "longest": 6}}
+    stage = {"search": {"sampler": {"transformers": {"model": model}}, "rewards": ["test_search:goods"], "iterations": 8,
+                        "step": 3, "longest": 6}}
     build(make({"source": "prompts.jsonl", "stages": [stage], "out": "out", "cache": "cache"}))
     made = [json.loads(line) for line in Path("out/groups/train.jsonl").read_text().splitlines()]
     assert made and all(len(r["responses"]) == 2 and r["wins"] for r in made)

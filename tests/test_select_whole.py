@@ -13,7 +13,6 @@ from data_tools import select
 from data_tools.records import Group, Response
 from data_tools.select.committees import VOTING, committee, place_values
 from data_tools.select.whole import centres, length_step
-from rewards import overlap
 
 
 def scored(values):
@@ -25,14 +24,15 @@ def prompts(groups):
 
 
 # --------------------------------------------------------------------------------------------------------------- by score
-def test_selection_by_hardness_equals_that_of_lists_of_scores():
+def test_selection_by_hardness_is_a_slice_of_the_sorted_scores():
     r = random.Random(0)
     values = [r.choice([0.0, 0.25, 0.5]) for _ in range(40)]
     groups = scored(values)
+    ranked = sorted(range(40), key=values.__getitem__)
     for n in (1, 7, 40):
-        for name in ("hardest", "easiest", "middle"):
-            listed = getattr(overlap, name)(values, n)
-            assert prompts(getattr(select, name)(groups, n=n)) == [f"prompt {k}" for k in sorted(listed)]
+        cuts = {"hardest": slice(n), "easiest": slice(40 - n, 40), "middle": slice((40 - n) // 2, (40 - n) // 2 + n)}
+        for name in cuts:
+            assert prompts(getattr(select, name)(groups, n=n)) == [f"prompt {k}" for k in sorted(ranked[cuts[name]])]
     assert not set(prompts(select.hardest(groups, n=15))) & set(prompts(select.easiest(groups, n=25)))
 
 

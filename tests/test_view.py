@@ -26,7 +26,8 @@ GROUPS = [
           meta={"place": ATTACK}),
     Group([{"role": "user", "content": "Order these"}], [made(f"answer {n}", "big", rm=None) for n in range(3)]),
     Group("tie?", [made("yes", "big"), made("no", "small")], wins=[[0.5, 0.6], [0.4, 0.5]])]
-FOUND = [Finding("refusal", f"declines {ATTACK}", 0.9, group=2, response=1), Finding("length bias", ATTACK)]
+FOUND = [Finding("refusal", f"declines {ATTACK}", 0.9, group=2, response=1,
+                 id=identity(GROUPS[1])), Finding("length bias", ATTACK)]
 
 
 @pytest.fixture(scope="module")

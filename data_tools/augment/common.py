@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from data_tools.describe import content
+from data_tools.fields import FAILED
 from data_tools.labels import pairs, wins_of
 from data_tools.records import Group, Prompt, Response
 from data_tools.rules import place
 
-FAILED = "failed"                                             # the key of Group.meta that says why something was not made
 Generate = Callable[[list], Sequence[str]]
 
 

@@ -13,14 +13,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.files import WRITERS
+from data_tools.files import WRITERS, part
 from data_tools.records import Group
 
 
@@ -56,17 +55,6 @@ class Hashed:
     def write(self, raw: bytes) -> None:
         self.hash.update(raw)
         self.stream.write(raw)
-
-
-@contextmanager
-def part(path: Path) -> Iterator[Path]:
-    """A name to write a file under; afterwards it is gone, unless it was renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sync(stream) -> None:

@@ -41,11 +41,11 @@ from data_tools.columns import nearest
 from data_tools.fields import shorten
 
 STAGES = {
-    "generate": "prefopt.rollout.generate:Generate", "score": "rewards.stage:Score",
+    "generate": "prefopt.rollout.generate:Generate", "search": "prefopt.rollout.search:Search", "score": "rewards.stage:Score",
     "label": "data_tools.select", "select": "data_tools.select", "augment": "data_tools.augment",
     "check": "data_tools.pipeline.stages:check", "fix": "data_tools.pipeline.stages:Fix",
     "describe": "data_tools.pipeline.stages:describe", "view": "data_tools.pipeline.stages:view",
-    "write": "data_tools.writers:write",
+    "linearity": "data_tools.pipeline.stages:linearity", "write": "data_tools.writers:write",
 }
 SHAPES = ("group", "shard", "groups", "groups findings", "groups folder", "groups folder findings")
 TEXTS = "prefopt.rollout.generate:Texts"                      # makes the setting `generate` from a sampler's spec

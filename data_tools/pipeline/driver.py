@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools import formats, validate
-from data_tools.fields import PLACE
-from data_tools.pipeline.cache import Cache, Entry, Shard, Stored, commit, part
+from data_tools.fields import FAILED, PLACE, DataError
+from data_tools.files import part
+from data_tools.pipeline.cache import Cache, Entry, Shard, Stored, commit
 from data_tools.pipeline.config import Plan, Stage
 from data_tools.pipeline.identity import code, content, digest, identity
 from data_tools.pipeline.provenance import PROMPT_ID, SPLIT, marked, prompt_id
@@ -28,8 +29,8 @@ from data_tools.pipeline.stages import FINDINGS
 from data_tools.records import Group
 
 STATE = "build.json"                                          # in the folder of results: what was built there
-FAILED = "failed"                                             # key of Group.meta: why a stage could not finish the group
-SAID = 5                                                      # groups that are named for each kind of trouble
+LACKING = "lacking"                                           # count of an entry: groups that go on without all they should have
+SAID = 5                                                      # groups of a shard that are named for each kind of trouble
 Tell = Callable[[str, int, int], None]                        # stage, shards done, shards in all
 
 
@@ -49,7 +50,7 @@ class Step:
             self.groups[place] += sum(s.groups for s in shards)
             self.responses[place] += sum(s.responses for s in shards)
         self.counts.update(entry.counts)
-        self.said += entry.said
+        self.said += entry.said if len(self.said) < SAID else []
         self.inputs += 1
 
 
@@ -86,7 +87,7 @@ def build(plan: Plan, *, resume: bool = False, overwrite: bool = False, retry: b
     def use(key: str, given: str, shards: Sequence[Shard], make: Callable[[], Entry]) -> list[Shard]:
         """What a stage makes of an input, from the cache if it is there."""
         entry = cache.get(key, given)
-        if entry is None or retry and entry.failed:
+        if entry is None or retry and (entry.failed or entry.counts.get(LACKING)):
             entry = cache.put(key, given, make())
         else:
             steps[-1].reused += 1
@@ -152,10 +153,14 @@ def made(plan: Plan, cache: Cache, stage: Stage, call: Callable, key: str, given
         entry.shards = [cache.write(found)] if found else []
         if hasattr(call, "count"):
             entry.counts |= call.count(found)
+        if hasattr(call, "lacking"):
+            lacking = list(call.lacking(found))
+            entry.counts[LACKING] = len(lacking)
+            entry.said = lacking[:SAID]
     if apart:
         entry.failed = cache.write(apart)
         entry.counts["failed"] = len(apart)
-        entry.said = [f"{g.meta.get(PLACE, g.meta[PROMPT_ID])}: {g.meta[FAILED]}" for g in apart[:SAID]]
+        entry.said += [f"{g.meta.get(PLACE, g.meta[PROMPT_ID])}: {g.meta[FAILED]}" for g in apart[:SAID]]
     return entry
 
 
@@ -205,7 +210,11 @@ def read(plan: Plan, cache: Cache) -> Entry:
     groups = validate.checked(formats.load(path, **block), on_bad=on_bad, checks=(asked, validate.labels))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                       # what is skipped goes into the summary
-        shards = list(cache.cut(placed(groups, plan.split), plan.shard))
+        try:
+            shards = list(cache.cut(placed(groups, plan.split), plan.shard))
+        except DataError as broken:
+            raise ValueError(f"{broken}. Mend it, or leave out what cannot be read, and count it, with "
+                             f"'source={{path: ..., on_bad: skip}}'") from None
     report = groups.report
     return Entry(shards, {"skipped": report.skipped}, str(report).splitlines()[1:] if report.skipped else [])
 
@@ -248,7 +257,7 @@ def opened(out: Path, record: Mapping, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"{out} holds files, and no {STATE} of a build: give another folder as out")
     if there:
         before = json.loads(state.read_text(encoding="utf-8"))
-        if not resume and not overwrite:
+        if before["files"] and not resume and not overwrite:
             raise ValueError(f"{out} is there already: go on with --resume, replace it with --overwrite, or give another folder "
                              f"as out")
         if resume and (changes := differences(before, record)):

@@ -11,6 +11,7 @@ from functools import cache
 from glob import glob, has_magic
 from hashlib import blake2b, file_digest
 from importlib import import_module
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
 
@@ -21,14 +22,45 @@ def digest(*things) -> str:
 
 
 @cache
-def code(module: str) -> str:
-    """The digest of a module's code without comments, docstrings and layout, so that words about it change nothing."""
-    tree = ast.parse(inspect.getsource(import_module(module)))
+def parsed(module: str) -> tuple[str, frozenset[str]]:
+    """The digest of a module's code without comments, docstrings and layout, so that words about it change nothing; and the
+    modules of its own package that it imports."""
+    found = import_module(module)
+    tree = ast.parse(Path(inspect.getsourcefile(found)).read_bytes())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            home = resolve_name("." * node.level + (node.module or ""), found.__package__)
+            names |= {home, *(f"{home}.{alias.name}" for alias in node.names)}
+    own = frozenset(n for n in names if n.partition(".")[0] == module.partition(".")[0] and n != module and is_module(n))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
             node.body = body[1:]
-    return digest(ast.dump(tree))
+    return digest(ast.dump(tree)), own
+
+
+def is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:                               # a name in a module
+        return False
+
+
+def code(module: str) -> str:
+    """The digest of a module's code."""
+    return parsed(module)[0]
+
+
+def imported(module: str) -> str:
+    """The digest of the code of a module, and of all of its own package that it needs."""
+    known, new = set(), {module}
+    while new:
+        known |= new
+        new = {name for one in new for name in parsed(one)[1]} - known
+    return digest({name: code(name) for name in sorted(known)})
 
 
 def content(source: str) -> str:
@@ -72,6 +104,8 @@ def named(settings) -> dict[str, str]:
 
 
 def identity(function: Callable, settings: Mapping) -> dict:
-    """Everything that decides what a stage makes of its input, as JSON. A class may add what only it knows: `identity()`."""
-    own = function(**settings).identity() if hasattr(function, "identity") else {}
-    return {"settings": dict(settings), "code": code(function.__module__), "named": named(settings), "own": own}
+    """Everything that decides what a stage makes of its input, as JSON. A class with `identity()` says itself what else does: it
+    asks models, and an answer is not worth less because something around the asking changed."""
+    asks = hasattr(function, "identity")
+    return {"settings": dict(settings), "code": (code if asks else imported)(function.__module__), "named": named(settings),
+            "own": function(**settings).identity() if asks else {}}

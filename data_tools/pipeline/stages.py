@@ -9,13 +9,13 @@ from data_tools.formats import load
 from data_tools.pipeline.config import function_named
 from data_tools.records import Group
 
-__all__ = ["FINDINGS", "Fix", "check", "describe", "view"]
+__all__ = ["FINDINGS", "Fix", "check", "describe", "linearity", "view"]
 
 FINDINGS = "findings.jsonl"                                   # the file of a stage that later ones are given as `findings`
 
 
 def check(groups: Iterable[Group], folder: Path, *, against: Mapping[str, str] | None = None,
-          hooks: Mapping[str, str] | None = None, skip: Sequence[str] = (), near: float = 0.8, ngram: int = 13,
+          hooks: Mapping[str, str] | None = None, skip: Sequence[str] = (), near: float = 0.7, ngram: int = 13,
           hook_threshold: float = 0.5, languages: Sequence[str] = (), score: str | None = None, sample: int = 20_000,
           seed: int = 0) -> list[str]:
     """What is found wrong, in findings.jsonl; see data_tools.quality.check for the settings.
@@ -65,6 +65,25 @@ def view(groups: Iterable[Group], folder: Path, findings: Path | None, *, title:
     from data_tools.quality.view import view
     write_page(view(groups, findings=found_in(findings), title=title, sample=sample, seed=seed), folder / "view.html")
     return ["wrote view.html"]
+
+
+def linearity(groups: Iterable[Group], folder: Path, *, truth: str, score: str = "reward", bins: int | None = None) -> list[str]:
+    """Which weights `filtration` should have (PF-PPO): R^2 of the truth on the score under each of the published filters.
+
+    truth       the score that holds the true quality
+    bins        as in data_tools.select.sampling.linearity
+    """
+    from data_tools.select.sampling import linearity
+    names = ("best", "others", "worst")
+    filters = [dict(zip(names, w, strict=True)) for w in ((1, 0, 0), (1, 0, 1), (0.4, 0.1, 0.1), (1, 1, 1))]
+
+    def told(weights: Mapping) -> str:
+        try:
+            return f"R^2 {linearity(groups, truth=truth, score=score, bins=bins, **weights):.3f} by {weights}"
+        except ValueError as problem:                         # what this filter keeps is all the same
+            return f"no R^2 by {weights}: {problem}"
+
+    return [told(weights) for weights in filters]
 
 
 def found_in(findings: Path | None) -> Iterable:

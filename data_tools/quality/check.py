@@ -5,11 +5,15 @@
 from __future__ import annotations
 
 import math
+import sys
+import tempfile
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from typing import BinaryIO
 
 import numpy as np
 
@@ -99,11 +103,12 @@ def contaminated(chunk: Chunk, *, known: Ngrams) -> Iterator[Finding]:
 # ----------------------------------------------------------------------------------------------------- the whole data set
 @dataclass
 class Duplicates:
-    """Groups and prompts that occurred before, and splits that share prompts. Some 1 KB is kept of each group."""
+    """Groups and prompts that occurred before, and splits that share prompts. Of each group 0.5 KB is kept in a temporary file,
+    and some 0.3 KB in memory."""
     near: float
-    signatures: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
-    numbers: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    labels: list[int] = field(default_factory=list)
+    signatures: dict[str, BinaryIO] = field(default_factory=lambda: defaultdict(tempfile.TemporaryFile))
+    numbers: dict[str, array] = field(default_factory=lambda: defaultdict(lambda: array("Q")))
+    labels: array = field(default_factory=lambda: array("q"))
     splits: list[str] = field(default_factory=list)
     names: list[tuple[str, str]] = field(default_factory=list)          # (place, id)
 
@@ -112,21 +117,21 @@ class Duplicates:
         asked = signatures(chosen(chunk.words, chunk.prompt), np.arange(size), size)
         answers = np.setdiff1d(np.arange(len(chunk.texts)), chunk.prompt)
         answered = signatures(chosen(chunk.words, answers), chunk.group[answers], size)
-        self.signatures["prompts"].append(asked)
-        self.signatures["groups"].append(np.where(answered.any(1, keepdims=True), answered, asked))
+        self.signatures["prompts"].write(asked.tobytes())
+        self.signatures["groups"].write(np.where(answered.any(1, keepdims=True), answered, asked).tobytes())
         numbers = [digest(t) for t in chunk.texts]
         for group, p in zip(chunk.groups, chunk.prompt.tolist(), strict=True):
             self.numbers["prompts"].append(numbers[p])
             self.numbers["groups"].append(digest(repr((numbers[p], sorted(numbers[p + 1:p + 1 + len(group.responses)])))))
             self.labels.append(verdict(group))
-            self.splits.append(str(group.meta.get("split", "")))
+            self.splits.append(sys.intern(str(group.meta.get("split", ""))))
             self.names.append((group.meta.get(PLACE, ""), identity(group)))
 
     def end(self) -> Iterator[Finding]:
         if not self.names:
             return
-        signed = {name: np.concatenate(found) for name, found in self.signatures.items()}
-        numbers = {name: np.array(found, np.uint64) for name, found in self.numbers.items()}
+        signed = {name: np.memmap(file, np.uint16, "r").reshape(len(self.names), -1) for name, file in self.signatures.items()}
+        numbers = {name: np.frombuffer(found, np.uint64) for name, found in self.numbers.items()}
         for twin in twins(numbers["groups"], signed["groups"], near=self.near, asked=signed["prompts"]):
             labels = self.labels[twin.later], self.labels[twin.earlier]
             if twin.similarity < 1:
@@ -166,32 +171,37 @@ class Duplicates:
 
 @dataclass
 class Biases:
-    """Preferred responses that are longer, or stand first, more often than chance would have it."""
+    """Preferred responses that are longer, or stand first, more often than chance would have it. The pairs of a group are one
+    draw: the standard error is that of its excess of such pairs, so that a long list is not taken for many groups."""
     count: Counter = field(default_factory=Counter)
+    squares: Counter = field(default_factory=Counter)
 
     def see(self, chunk: Chunk) -> None:
         for group, p in zip(chunk.groups, chunk.prompt.tolist(), strict=True):
             size = [len(t) for t in chunk.texts[p + 1:p + 1 + len(group.responses)]]
-            for i, j in pairs(wins_of(group)):
-                self.count["pairs"] += 1
-                self.count["first"] += i < j
-                self.count["different"] += size[i] != size[j]
-                self.count["longer"] += size[i] > size[j]
+            found = pairs(wins_of(group))
+            for what, facts in (("first", [i < j for i, j in found]),
+                                ("longer", [size[i] > size[j] for i, j in found if size[i] != size[j]])):
+                self.count[what] += sum(facts)
+                self.count[f"of {what}"] += len(facts)
+                self.squares[what] += (sum(facts) - len(facts) / 2) ** 2
 
     def end(self) -> Iterator[Finding]:
-        count = self.count
-        yield from lopsided("position bias", "stands first", count["first"], count["pairs"], "shuffle the responses, for a model "
-                            "or a judge that looks at the place alone would seem right", "shuffle")
-        yield from lopsided("length bias", "is the longer", count["longer"], count["different"], "balance the lengths, or judge "
-                            "rewards on longer and shorter ones apart: counting characters would seem to be a good reward")
+        yield from self.lopsided("first", "position bias", "stands first", "shuffle the responses, for a model or a judge that "
+                                 "looks at the place alone would seem right", "shuffle")
+        yield from self.lopsided("longer", "length bias", "is the longer", "balance the lengths, or judge rewards on longer and "
+                                 "shorter ones apart: counting characters would seem to be a good reward")
 
+    def lopsided(self, fact: str, kind: str, what: str, advice: str, repair: str = "") -> Iterator[Finding]:
+        """A finding where a share is more than three standard errors and 5 points from a half.
 
-def lopsided(kind: str, what: str, count: int, of: int, advice: str, repair: str = "") -> Iterator[Finding]:
-    """A finding where a share is more than three standard errors and 5 points from a half."""
-    z = abs(count - of / 2) / math.sqrt(of / 4) if of else 0.0
-    if z > 3 and abs(count / of - 0.5) > 0.05:
-        yield Finding(kind, f"the preferred response {what} in {count / of:.1%} of {of:,} pairs ({z:.0f} standard errors from a "
-                      f"half): {advice}", repair=repair)
+        z = sum_g d_g / sqrt(sum_g d_g^2),   d_g = how many of the pairs of group g are so, less a half of them
+        """
+        count, of = self.count[fact], self.count[f"of {fact}"]
+        z = abs(count - of / 2) / math.sqrt(self.squares[fact] or 1)
+        if z > 3 and abs(count / of - 0.5) > 0.05:
+            yield Finding(kind, f"the preferred response {what} in {count / of:.1%} of {of:,} pairs ({z:.0f} standard errors "
+                          f"from a half): {advice}", repair=repair)
 
 
 # --------------------------------------------------------------------------------------------------------------- check
@@ -215,9 +225,9 @@ def check(groups: Iterable[Group], *, skip: Sequence[str] = (), near: float = 0.
     sample          how many groups that model sees
     seed            of that model
 
-    Groups whose meta has a `split` are also told when a prompt is in several. Memory: 1 KB of each group; texts are held
-    by the thousand. The labels need more passes, so `groups` must be something that can be read again (`load(...)`, a list)
-    unless they are skipped.
+    Groups whose meta has a `split` are also told when a prompt is in several. Memory: 0.3 KB of each group, and 0.5 KB in a
+    temporary file; texts are held by the thousand. The labels need more passes, so `groups` must be something that can be read
+    again (`load(...)`, a list) unless they are skipped.
     """
     for name in skip:
         if name not in CHECKS:

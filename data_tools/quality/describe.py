@@ -22,7 +22,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from data_tools import describe as numbers
 from data_tools.describe import content
 from data_tools.labels import wins_of
-from data_tools.quality.findings import Finding, Tally, by_group
+from data_tools.quality.findings import Finding, Tally, by_group, of_group
 from data_tools.quality.page import write_page
 from data_tools.quality.sampling import Sample, Stratum, maker, outcome
 from data_tools.quality.texts import language
@@ -115,7 +115,7 @@ def describe(groups: Iterable[Group], *, findings: Iterable[Finding] = (), title
         for n, group in enumerate(groups, 1):
             measures.see(group)
             drawn.see(content(group.prompt))
-            shown.see(n, group, flags.get(n, []))
+            shown.see(n, group, of_group(flags, n, group))
             yield group
 
     sections = numbers.describe(seen())
@@ -148,11 +148,11 @@ def warnings(tally: Tally, groups: int) -> list[dict]:
 def histogram(series: dict[str, Sequence[float]], *, bins: int = 40, largest: int = 8) -> dict:
     """Counts of each series between common edges that hold 99 % of the values, the outer bins holding the rest. Few different
     values have a bin each. Of many series the largest are shown."""
-    series = dict(sorted(series.items(), key=lambda item: -len(item[1]))[:largest])
+    every_series, series = len(series), dict(sorted(series.items(), key=lambda item: -len(item[1]))[:largest])
     arrays = {name: np.frombuffer(values) if isinstance(values, array) else np.array(values) for name, values in series.items()}
     every = np.concatenate([np.zeros(0), *arrays.values()])
     if not len(every):
-        return {"edges": [], "series": {}, "middle": {}}
+        return {"edges": [], "series": {}, "middle": {}, "all": every_series}
     values = np.unique(every)
     low, high = np.quantile(every, [0.005, 0.995])
     if len(values) <= bins // 2:
@@ -162,7 +162,7 @@ def histogram(series: dict[str, Sequence[float]], *, bins: int = 40, largest: in
         edges = np.linspace(low, high, bins + 1) if high > low else np.array([values[0], low, values[-1]])
     return {"edges": edges.tolist(), "series": {name: np.histogram(np.clip(found, edges[0], edges[-1]), edges)[0].tolist()
                                                 for name, found in sorted(arrays.items())},
-            "middle": {name: float(np.median(found)) for name, found in arrays.items()}}
+            "middle": {name: float(np.median(found)) for name, found in arrays.items()}, "all": every_series}
 
 
 def agreements(counts: Counter) -> list[dict]:

@@ -55,18 +55,20 @@ def agreement(signature: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.n
                                           for k in range(0, len(one), 65536))])
 
 
-def candidates(signature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(later, earlier) of pairs that agree in one of 32 bands of four places: P(found) = 1 - (1 - s^4)^32, above 0.9998 for a
-    similarity s of 0.7. In a band each item meets the first and the previous one with its key, so that a crowd of n is 2 n pairs.
-    """
-    keys, found = np.ascontiguousarray(signature).view(np.uint64), []
-    for band in range(keys.shape[1]):
-        order = np.argsort(keys[:, band], kind="stable")      # equal keys stay in the order of the items
-        same = keys[order[1:], band] == keys[order[:-1], band]
+def candidates(signature: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(later, earlier) of pairs of the items `among` (ascending) that agree in one of 32 bands of four places: P(found) = 1 -
+    (1 - s^4)^32, above 0.9998 for a similarity s of 0.7. In a band each item meets the first and the previous one with its key,
+    so that a crowd of n is 2 n pairs."""
+    bands, found = np.ascontiguousarray(signature).view(np.uint64), []
+    for band in range(bands.shape[1]):
+        keys = bands[among, band]
+        order = np.argsort(keys, kind="stable")               # equal keys stay in the order of the items
+        same = keys[order[1:]] == keys[order[:-1]]
         first = np.maximum.accumulate(np.where(np.concatenate([[True], ~same]), np.arange(len(order)), 0))
         later = np.flatnonzero(same) + 1
         found += [order[later] * len(keys) + order[later - 1], order[later] * len(keys) + order[first[later]]]
-    return np.divmod(np.unique(np.concatenate(found)), len(keys))
+    later, earlier = np.divmod(np.unique(np.concatenate(found)), len(among))
+    return among[later], among[earlier]
 
 
 def twins(number: np.ndarray, signature: np.ndarray, *, near: float = 0.7, asked: np.ndarray | None = None) -> list[Twin]:
@@ -74,8 +76,8 @@ def twins(number: np.ndarray, signature: np.ndarray, *, near: float = 0.7, asked
     is estimated at `near` or more, and half of that for `asked`, the signatures of their prompts, if given. A near one is
     compared with an item that repeats none, so a chain of small changes ends where it has gone too far."""
     _, where, back = np.unique(number, return_index=True, return_inverse=True)
-    alone = np.sort(where[signature[where].any(1)])           # without words nothing is alike
-    later, earlier = (alone[side] for side in candidates(signature[alone]))
+    said = np.concatenate([signature[k:k + 65536].any(1) for k in range(0, len(signature), 65536)])
+    later, earlier = candidates(signature, np.sort(where[said[where]]))      # without words nothing is alike
     agree = agreement(signature, later, earlier)
     like = lambda a, b: asked is None or (asked[a] == asked[b]).mean() >= near / 2
     kept: dict[int, Twin] = {}

@@ -3,14 +3,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from data_tools import files
-from data_tools.fields import DataError
+from data_tools.fields import PLACE, DataError
+from data_tools.quality.words import identity
 from data_tools.records import Group
 
-__all__ = ["Finding", "Tally", "by_group", "flagged", "load", "save"]
+__all__ = ["Finding", "Tally", "by_group", "flagged", "load", "of_group", "save"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def save(findings: Iterable[Finding], path) -> Tally:
 
 def load(path) -> Iterator[Finding]:
     """The findings that `save` wrote."""
+    files.exists(path)
     with open(path, encoding="utf-8") as lines:
         for n, line in enumerate(lines, 1):
             try:
@@ -101,10 +103,20 @@ def by_group(findings: Iterable[Finding]) -> dict[int, list[Finding]]:
     return found
 
 
+def of_group(found: Mapping[int, list[Finding]], number: int, group: Group) -> list[Finding]:
+    """What was found in a group, of what `by_group` gives; findings about another text are an error."""
+    mine = found.get(number, [])
+    if any(f.id != identity(group) for f in mine):
+        raise DataError("other data", f"the check found {mine[0].kind!r} in another text of this number: the findings are of "
+                        "other data, or it has changed since. Run the check again", group.meta.get(PLACE, f"group {number}"))
+    return mine
+
+
 def flagged(groups: Iterable[Group], findings: Iterable[Finding]) -> Iterator[Group]:
     """The groups with what was found in each in meta["flags"], a list of {"kind", "message", "sure", "response"}; groups in which
     nothing was found have an empty list."""
     found = by_group(findings)
     for n, group in enumerate(groups, 1):
-        flags = [{"kind": f.kind, "message": f.message, "sure": f.sure, "response": f.response} for f in found.get(n, [])]
+        mine = of_group(found, n, group)
+        flags = [{"kind": f.kind, "message": f.message, "sure": f.sure, "response": f.response} for f in mine]
         yield replace(group, meta={**group.meta, "flags": flags})

@@ -2,21 +2,24 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from data_tools.columns import nearest
-from data_tools.fields import PLACE, DataError
+from data_tools.fields import PLACE
+from data_tools.files import part
 from data_tools.formats import dump
 from data_tools.labels import flip
-from data_tools.quality.findings import Finding, by_group
+from data_tools.quality.findings import Finding, by_group, of_group
 from data_tools.quality.texts import cleaned, redacted
-from data_tools.quality.words import digest, identity
+from data_tools.quality.words import digest
 from data_tools.records import Group, Prompt
+from data_tools.rules import keep
 
-__all__ = ["REPAIRS", "fix", "fixed", "keep", "shuffled"]
+__all__ = ["REPAIRS", "fix", "fixed", "shuffled"]
 
 Repair = Callable[[Group, list[Finding]], "Group | None"]
 
@@ -31,18 +34,6 @@ def drop_response(group: Group, findings: list[Finding]) -> Group | None:
     gone = {f.response - 1 for f in findings}
     kept = [n for n in range(len(group.responses)) if n not in gone]
     return None if len(kept) < min(2, len(group.responses)) else keep(group, kept)
-
-
-def keep(group: Group, order: list[int]) -> Group:
-    """The group of these responses, in this order, with their labels.
-
-    >>> from data_tools.records import Response
-    >>> keep(Group("?", [Response("a"), Response("b"), Response("c")], [2.0, 1.0, 0.0]), [2, 0]).relevance
-    [0.0, 2.0]
-    """
-    return replace(group, responses=[group.responses[n] for n in order],
-                   relevance=group.relevance and [group.relevance[n] for n in order],
-                   wins=group.wins and [[group.wins[i][j] for j in order] for i in order])
 
 
 def clean(group: Group, findings: list[Finding]) -> Group:
@@ -125,10 +116,7 @@ def planned(findings: list[Finding], repairs: Mapping[str, str] | Iterable[str])
 
 def _fixed(groups, chosen, plan, log) -> Iterator[Group]:
     for number, group in enumerate(groups, 1):
-        mine = chosen.get(number, [])
-        if any(f.id != identity(group) for f in mine):
-            raise DataError("other data", f"the check found {mine[0].kind!r} in another text of this number: the data "
-                            "has changed since, so run the check again", group.meta.get(PLACE, f"group {number}"))
+        mine = of_group(chosen, number, group)
         reasons = [*mine, *chosen.get(0, [])]
         for name, repair in REPAIRS.items():
             why = [f for f in reasons if plan[f.kind] == name]
@@ -160,10 +148,12 @@ def fixed(groups: Iterable[Group], findings: Iterable[Finding], out, *, repairs:
         if path.exists():
             raise FileExistsError(f"{path} exists, and repairs never overwrite: name another file")
     counts: Counter = Counter()
-    with open(record, "w", encoding="utf-8") as stream:
-        def log(entry: dict) -> None:
-            counts[entry["repair"]] += 1
-            stream.write(json.dumps(entry) + "\n")
+    with part(record) as temporary:                           # neither file is there when something goes wrong
+        with open(temporary, "w", encoding="utf-8") as stream:
+            def log(entry: dict) -> None:
+                counts[entry["repair"]] += 1
+                stream.write(json.dumps(entry) + "\n")
 
-        written = dump(fix(groups, findings, repairs=repairs, sure=sure, log=log), out)
+            written = dump(fix(groups, findings, repairs=repairs, sure=sure, log=log), out)
+        os.replace(temporary, record)
     return {"groups": written, **counts}

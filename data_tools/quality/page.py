@@ -71,9 +71,10 @@ middle</th></tr></thead><tbody>
 <td class="soft">{{ section if loop.first }}</td><th scope="row">{{ name }}</th><td class="text">{{ cell(value) }}</td></tr>
 {%- endfor %}{% endfor %}</tbody></table></div>
 <h2>Groups</h2>{% endif %}
-<p class="soft">{% if total > groups | length %}{{ groups | length }} of {{ "{:,}".format(total) }} groups are on this page, drawn
+<p class="soft">{% if total > groups | length %}
+{{ "{:,}".format(groups | length) }} of {{ "{:,}".format(total) }} groups are on this page, drawn
 from every stratum; the strata: {% for name, n in strata.items() %}{{ name }} ({{ "{:,}".format(n) }}){{ ", " if not loop.last }}
-{%- endfor %}.{% else %}All {{ total }} groups are on this page.{% endif %} What only one side has is marked.</p>
+{%- endfor %}.{% else %}All {{ "{:,}".format(total) }} groups are on this page.{% endif %} What only one side has is marked.</p>
 <div class="bar" id="bar"><label>search <input id="search" type="search" placeholder="prompt, response, place"></label>
 <label>stratum <select id="stratum"><option value="">all</option></select></label>
 <label>finding <select id="flag"><option value="">all</option></select></label>
@@ -134,7 +135,8 @@ def charts(report: dict) -> list[tuple]:
     said += [(f"margin: {name}", "Best less worst response of a group.", found) for name, found in report["margins"].items()]
     said += [(f"score: {name}", "Median " + ", ".join(f"{n} {short(v)}" if n else short(v) for n, v in sorted(
         found["middle"].items())) + ".", found) for name, found in report["scores"].items()]
-    return [(title, words + " The outer bins hold what is beyond.", bars(found, title), list(found["series"]))
+    fewer = lambda found: f" The {len(found['series'])} largest of {found['all']:,}." * (found["all"] > len(found["series"]))
+    return [(title, words + fewer(found) + " The outer bins hold what is beyond.", bars(found, title), list(found["series"]))
             for title, words, found in said if found["edges"]]
 
 

@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from data_tools.describe import content
 from data_tools.fields import PLACE, DataError
-from data_tools.quality.findings import Finding, by_group
+from data_tools.files import exists
+from data_tools.quality.findings import Finding, by_group, of_group
 from data_tools.quality.sampling import Sample, Stratum, maker, outcome
 from data_tools.quality.words import digest, identity
 from data_tools.records import Group
@@ -32,7 +33,8 @@ def payload(stratum: str, number: int, group: Group, flags: list[Finding]) -> di
         margin = max((abs(2 * w - 1) for row in group.wins for w in row if w is not None), default=None)
     return {"id": identity(group), "n": number, "place": group.meta.get(PLACE, ""), "stratum": stratum, "margin": margin,
             "prompt": told(group.prompt), "relevance": group.relevance or [None] * len(group.responses), "wins": group.wins,
-            "rows": [{"text": told(r.text), "model": maker(r), "scores": r.scores} for r in group.responses],
+            "rows": [{"text": told(r.text), "size": len(content(r.text)), "model": maker(r), "scores": r.scores}
+                     for r in group.responses],
             "flags": [{"kind": f.kind, "message": f.message, "sure": f.sure, "response": f.response} for f in flags[:20]]}
 
 
@@ -47,7 +49,7 @@ def view(groups: Iterable[Group], *, findings: Iterable[Finding] = (), title: st
     same number from every stratum that has enough."""
     flags, drawn, total = by_group(findings), Sample(sample, stratum, seed), 0
     for total, group in enumerate(groups, 1):
-        drawn.see(total, group, flags.get(total, []))
+        drawn.see(total, group, of_group(flags, total, group))
     found, counts = drawn.groups(), drawn.counts
     share = even(sorted(counts.values()), sample)
     taken = Counter()
@@ -78,6 +80,7 @@ def even(counts: Sequence[int], total: int) -> int:
 # --------------------------------------------------------------------------------------------------------------- labels
 def read_labels(path) -> Iterator[dict]:
     """The lines that the page exported."""
+    exists(path)
     with open(path, encoding="utf-8") as lines:
         for n, line in enumerate(lines, 1):
             try:

@@ -9,11 +9,14 @@ CSS = """
 mark.hit { background: rgb(var(--odd) / .35); } .view .head button { padding: 0 .5rem; border-radius: 4px; font-weight: 700; }
 .view .head { align-items: center; gap: .1rem .7rem; }
 .flags { list-style: none; padding: 0; margin: .2rem 0; font-size: .84rem; }
-.flags li::before { content: "\\26a0\\fe0e "; color: rgb(var(--bad)); } .bar input[type=number] { width: 5.5rem; }
+.flags li::before { content: "\\26a0\\fe0e\\a0"; color: rgb(var(--bad)); } .bar input[type=number] { width: 5.5rem; }
 .bar .tick input { display: inline-block; margin-right: .3rem; } .bar .moves button { min-width: 2.4rem; border-radius: 4px; }
 kbd { font: .85em ui-monospace, monospace; border: 1px solid var(--line); border-radius: 3px; padding: 0 .3em; }
 .keys { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .84rem; padding: 0; margin: .3rem 0; list-style: none; }
 table.heat td { text-align: center; } .mine { color: rgb(var(--cool)); font-weight: 600; }
+pre, .said, td.text { unicode-bidi: plaintext; text-align: start; } figure h4 { overflow-wrap: anywhere; }
+.view .said:empty::before, .view pre:empty::before { content: "empty"; color: var(--soft); font-style: italic; }
+@media (max-width: 45rem), (max-height: 30rem) { .bar { position: static; } }
 """
 
 VIEWER = r"""
@@ -106,7 +109,7 @@ function card(g, row, n, want) {
     if (g.relevance[n] !== null) head.append(make("span", "", "label " + short(g.relevance[n])));
     for (const [name, v] of Object.entries(row.scores)) head.append(make("span", "soft", `${name} ${short(v)}`));
   }
-  head.append(make("span", "soft", `${row.text.length} characters`));
+  head.append(make("span", "soft", `${row.size.toLocaleString("en")} characters`));
   const out = make("div", "row", head);
   for (const flag of g.flags) if (!blind && flag.response === n + 1) head.append(make("span", "note", flag.kind));
   if ((!blind || mine(g)) && bestOf(g) === n) out.classList.add("best");

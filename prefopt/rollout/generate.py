@@ -15,12 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from data_tools import formats
 from data_tools.columns import nearest
 from data_tools.describe import content as said
+from data_tools.fields import FAILED, PLACE
 from data_tools.pipeline.config import checked
 from data_tools.pipeline.identity import content
 from data_tools.pipeline.provenance import COPY, PROMPT_ID, prompt_id
@@ -47,9 +48,7 @@ def local(*, model: str, dtype: str = "float32", batch: int = 64, device: str | 
     from prefopt.rollout.transformers import Sampler
     more = {"revision": revision, "trust_remote_code": trust_remote_code}
     policy = load_policy(model, dtype=dtype, **more).to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    made = Sampler(policy, load_tokenizer(model, **more), batch=batch)
-    made.revision = revision or getattr(policy.config, "_commit_hash", None)         # of a model of the hub
-    return made
+    return Sampler(policy, load_tokenizer(model, **more), batch=batch)
 
 
 def vllm(*, model: str, dtype: str = "bfloat16", engine: Mapping = {}):
@@ -224,13 +223,15 @@ class Asked:
         name = self.settings.get("model", "")
         return {name: content(name)} if name and "/" not in name and Path(name).is_dir() else {}
 
-    @property
+    @cached_property
     def label(self) -> dict:
-        """What sampled, for the record: model with the digest of its files, or revision; or the file of responses."""
+        """What sampled, for the record: model with the digest of its files, or its revision; or the file of responses. Read it
+        after the first sample, when a model of the hub is here."""
         model = self.settings.get("model")
         if model is None:
             return {key: self.settings[key] for key in ("path", "url") if key in self.settings}
-        version = content(model)[:16] if Path(model).is_dir() else getattr(self.made, "revision", None)
+        version = content(model)[:16] if Path(model).is_dir() else revision_of(model, self.settings.get("revision")) \
+            if self.make in (local, vllm) else None
         return {"model": model} | ({"version": version} if version else {})
 
     def answers(self, groups: Sequence[Group]) -> list[tuple[list[Response], str]]:
@@ -248,7 +249,7 @@ class Asked:
                 if isinstance(answer, Exception):
                     found[i] = responses, why or f"{type(answer).__name__}: {answer}"
                 else:
-                    few = f"{len(answer.responses)} of {n} responses" if len(answer.responses) < n else ""
+                    few = f"it gave {len(answer.responses)} of {n} responses" if len(answer.responses) < n else ""
                     found[i] = [*responses, *(self.noted(r, heat, system) for r in answer.responses)], \
                         why or answer.meta.get(UNSAMPLED, few)
         return found
@@ -278,6 +279,13 @@ class Asked:
             self.made.close()
 
 
+def revision_of(model: str, revision: str | None) -> str | None:
+    """The commit of the hub that a model was loaded from."""
+    from huggingface_hub import try_to_load_from_cache
+    found = try_to_load_from_cache(model, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else revision
+
+
 def key(group: Group) -> str:
     """What names the group for the noise."""
     return f"{group.meta[PROMPT_ID]} {group.meta.get(COPY, 0)}"
@@ -298,7 +306,7 @@ def shown(group: Group, system: str | None, hint: str | None) -> Prompt:
         try:
             hint = hint.format(**group.meta)
         except (KeyError, IndexError) as missing:
-            raise ValueError(f"{group.meta.get('place', 'a record')}: the hint names the field {missing.args[0]!r}, which the "
+            raise ValueError(f"{group.meta.get(PLACE, 'a record')}: the hint names the field {missing.args[0]!r}, which the "
                              f"record lacks{nearest(missing.args[0], group.meta)}; fields: {', '.join(group.meta)}") from None
         if isinstance(prompt, str):
             prompt = f"{prompt}\n\n{hint}"
@@ -342,7 +350,8 @@ def unlabelled(group: Group, more: int) -> Group:
 class Generate:
     """Responses to every prompt; those that a group has stay in front.
 
-    policies    {name: settings of a `Policy`}; the name stands in the meta of a response as `generator`
+    policies    {name: settings}: sampler, n, temperature, top_p, top_k, max_new_tokens, stop, system, hint, share, program,
+                tokens, as of a `Policy`; the name stands in the meta of a response as `generator`
     seed        of all noise; sample j of a prompt does not depend on the other prompts
     retries     how often a prompt that failed is asked again
     """
@@ -357,25 +366,35 @@ class Generate:
 
     def __call__(self, shard: list[Group]) -> list[Group]:
         made = [(asked.name, asked.answers(shard)) for asked in self.policies]
-        out = []
+        names, out = {name for name, _ in made}, []
         for n, group in enumerate(shard):
             responses = [r for _, answers in made for r in answers[n][0]]
             missing = {name: answers[n][1] for name, answers in made if answers[n][1]}
-            meta = group.meta | ({UNSAMPLED: missing} if missing else {})
+            meta = {k: v for k, v in group.meta.items() if k != UNSAMPLED}
+            others = {name: why for name, why in group.meta.get(UNSAMPLED, {}).items() if name not in names}
+            meta |= {UNSAMPLED: others | missing} if others or missing else {}
             if missing and not group.responses and not responses:
-                meta["failed"] = "; ".join(f"{name}: {why}" for name, why in missing.items())
+                meta[FAILED] = "; ".join(f"{name}: {why}" for name, why in missing.items())
             out.append(replace(unlabelled(group, len(responses)), responses=[*group.responses, *responses], meta=meta))
         return out
 
     def count(self, groups: Sequence[Group]) -> dict[str, int]:
         """Responses by generator, and prompts that lack some."""
         found = Counter(f"responses of {r.meta.get('generator', 'the source')}" for g in groups for r in g.responses)
-        found.update(f"prompts that lack responses of {name}" for g in groups for name in g.meta.get(UNSAMPLED, {}))
+        found.update(f"prompts lack responses of {name}" for _, name, _ in self.missing(groups))
         return dict(found)
 
+    def lacking(self, groups: Sequence[Group]) -> list[str]:
+        """Where a policy of this stage did not answer, and why."""
+        return [f"{group.meta.get(PLACE, group.meta[PROMPT_ID])}: {name}: {why}" for group, name, why in self.missing(groups)]
+
+    def missing(self, groups: Sequence[Group]) -> list[tuple[Group, str, str]]:
+        own = {asked.name for asked in self.policies}
+        return [(g, name, why) for g in groups for name, why in g.meta.get(UNSAMPLED, {}).items() if name in own]
+
     def told(self, counts: Mapping[str, int]) -> list[str]:
-        own = ("responses of", "prompts that")
-        return [f"{count:,} {what}" for what, count in sorted(counts.items()) if what.startswith(own)]
+        return [f"{count:,} {what}" + ": ask again with --resume --retry" * what.startswith("prompts")
+                for what, count in sorted(counts.items()) if what.startswith(("responses of", "prompts lack"))]
 
     def close(self) -> None:
         for asked in self.policies:

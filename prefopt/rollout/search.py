@@ -4,9 +4,8 @@ A node is a response so far. In each round every tree goes down to a leaf (PUCT)
 and what the children are worth goes back up. All trees of a shard are searched side by side, so that samplers and rewards see
 batches.
 
-    - prefopt.rollout.search:Search:                           MCTS-DPO
-        {sampler: {transformers: {model: my/model}}, rewards: [final_answer]}
-    - prefopt.rollout.search:Search:                           iterative reinforced fine-tuning for tool use
+    - search: {sampler: {transformers: {model: my/model}}, rewards: [final_answer]}         MCTS-DPO
+    - search:                                                  iterative reinforced fine-tuning for tool use
         {sampler: ..., rewards: ['prefopt.rollout.search:call_match'], backup: mean, pairs: {at_every_node: {margin: 0.3}}}
 """
 from __future__ import annotations
@@ -212,7 +211,7 @@ class Search:
         self.score = None
 
     def identity(self) -> dict:
-        return self.asked.identity()
+        return self.asked.identity() | parts.find("rewards.stage:Score", "")(rewards=self.rewards).identity()
 
     def __call__(self, shard: list[Group]) -> list[Group]:
         self.score = self.score or parts.find("rewards.online:Scorer", "")(self.rewards)
