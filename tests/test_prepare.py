@@ -380,9 +380,10 @@ def test_an_unfinished_column_does_not_exist(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------- memory
 STREAM = """
-    import json, resource, sys, time
+    import json, sys, time
     import numpy as np
     from small_tokenizers import Letters, fast
+    from cookbook.benchmarks.bench import peak_mb
     from data_tools.prepare import prepare
     from data_tools.records import Group, Response
 
@@ -399,8 +400,7 @@ STREAM = """
         for some in np.random.default_rng(0).permutation(n).reshape(-1, read):
             tokens += int(prepared.batch(some)["attend"].sum())
         assert tokens == prepared.lengths.sum() == prepared.counts.tokens and len(prepared) == n
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"mb": peak, "prepare_cpu_s": made - start, "read_cpu_s": time.process_time() - made}))
+        print(json.dumps({"mb": peak_mb(), "prepare_cpu_s": made - start, "read_cpu_s": time.process_time() - made}))
 """
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import site
 import statistics
@@ -110,9 +111,15 @@ def uses_gpu() -> bool:
 
 
 def peak_mb() -> float:
-    """The largest memory of this process so far: allocated on the GPU that it uses, or resident."""
+    """The largest memory of this process so far: allocated on the GPU that it uses, or resident.
+
+    Resident from /proc where there is one: getrusage's figure outlives exec, so a child of a large process starts with
+    its parent's.
+    """
     if uses_gpu():
         return sys.modules["torch"].cuda.max_memory_allocated() / 2**20
+    if Path("/proc/self/status").exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
