@@ -31,7 +31,7 @@ class Batch(Mapping):
             raise ValueError(f"column 'group' must be (N) integers, found {tuple(group.shape)} {group.dtype}")
         self.index: Tensor                                    # (N) group number 0..B-1 of each row
         self.slot: Tensor                                     # (N) place of each row in its group
-        self.host, self.N = host or self, len(group)
+        self._host, self.N = host, len(group)
         if host is None:
             ids, self.index = torch.unique(group, return_inverse=True)
             self.groups = len(ids)
@@ -63,6 +63,10 @@ class Batch(Mapping):
                 raise ValueError(f"column {name!r} should be ({' '.join(dims)}) with {dim} = {want}, "
                                  f"found shape {tuple(value.shape)}")
 
+    @property
+    def host(self) -> Batch:                                  # no attribute: a batch that held itself would keep its graph until
+        return self._host or self                             # garbage is collected
+
     def __getitem__(self, name: str) -> Tensor:
         return self._columns[name]
 
@@ -78,7 +82,7 @@ class Batch(Mapping):
 
     def with_columns(self, **columns: Tensor) -> Batch:
         """A new batch with these columns added or replaced; names with '@' go through a dict: `**{'unit@sft': u}`."""
-        host = None if self.host is self or STRUCTURE & columns.keys() else self.host
+        host = None if STRUCTURE & columns.keys() else self._host
         return Batch({**self._columns, **columns}, self.width, host)
 
     def to(self, device) -> Batch:
@@ -109,14 +113,14 @@ class Batch(Mapping):
         groups = torch.unique(index[rows.to(index.device)])
         if int(torch.isin(index, groups).sum()) != len(rows):
             raise ValueError("select needs whole groups: some rows of a selected group are missing")
-        host = None if self.host is self else self.host.select(rows)
+        host = self._host and self._host.select(rows)
         rows, groups = (x.to(self.index.device, non_blocking=True) for x in (rows, groups))
         out = {k: v[groups] if column(k).dims.startswith("B") else v[rows] for k, v in self.items()}
         return Batch(out, self.width, host)
 
     def alone(self, rows: Tensor) -> Batch:
         """The batch of these rows of any groups, without the columns that lead with B."""
-        host = None if self.host is self else self.host.alone(rows)
+        host = self._host and self._host.alone(rows)
         rows = rows.to(self.index.device, non_blocking=True)
         return Batch({k: v[rows] for k, v in self.items() if not column(k).dims.startswith("B")}, host=host)
 

@@ -384,7 +384,8 @@ def largest(batch: Batch, run: Run, common: torch.Tensor | None) -> int:
 
 
 def budget(run: Run) -> int:
-    return run.train.tokens or suited("cuda" if torch.cuda.is_available() and run.train.device != "cpu" else "cpu")
+    device = "cuda" if torch.cuda.is_available() and run.train.device != "cpu" else "cpu"
+    return run.train.tokens or suited(device, not run.objective().outputs)
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

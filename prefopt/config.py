@@ -156,7 +156,8 @@ class Train(Settings):
     steps: int | None = Field(None, ge=1)                     # overrides epochs
     groups_per_step: int = Field(64, ge=1)
     tokens: int | None = Field(None, ge=1)                    # of one micro-batch, what a group shares counted once; by default
-                                                              # 16,384 on a GPU, 2,048 on a CPU, and never less than a group
+                                                              # 16,384 on a GPU, 2,048 on a CPU (1,024 for a reward model),
+                                                              # and never less than a group
     packing: bool = True                                      # rows in one sequence without padding, prompts computed once per
                                                               # group, where the model allows it
     lr: float = Field(1e-6, gt=0)

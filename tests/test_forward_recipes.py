@@ -1,6 +1,9 @@
 """One optimiser step of every recipe on a tiny model: micro-batches, and which models run."""
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny_models import Float64, adapted, batch, same, tiny
@@ -174,3 +177,25 @@ def test_no_micro_batch_waits_for_the_device(name):
         torch.autograd.backward(loss.value)
         count += 1
     assert count > 1 and loss.value.is_meta and any(p.grad is not None for p in models.policy.parameters())
+
+
+@pytest.mark.parametrize("name", recipes.__all__)
+def test_a_micro_batch_goes_when_it_is_done(name):
+    """With its graph, and not when garbage is collected some time: what holds itself keeps memory for many micro-batches."""
+    models, objective = policies(name), recipes.find(name)()
+    for module in objective.modules():
+        module.setup(layers=models.policy_model().layer_count, width=models.policy_model().width)
+        module.double()
+    reads = objective.reads()
+    whole, other = preferences(reads) if objective.whole_groups else (sampled(reads), None)
+    whole = objective.annotate(fill(models, whole, reads, other=other))
+    gc.disable()
+    try:
+        micro = forward(models, whole, reads)
+        loss = objective.loss(micro)
+        torch.autograd.backward(loss.value)
+        left = [weakref.ref(x) for x in (micro, loss.value, *(x for x in micro.values() if x.requires_grad))]
+        del micro, loss
+        assert len(left) > 2 and [one() for one in left] == [None] * len(left)
+    finally:
+        gc.enable()
