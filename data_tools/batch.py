@@ -141,11 +141,11 @@ class Batch(Mapping):
                      strict: bool = True) -> Iterator[Batch]:
         """Micro-batches of up to `tokens` real tokens; None gives one.
 
-        Whole groups in order; or, where a loss needs no whole groups, rows of like length, so that hardly any padding is
-        computed, without the columns that lead with B. With `shared` (N), the first tokens of each row that its group has in
-        common and that count once for those of a group that are together, rows stay in order of their groups. A group (or
-        row) larger than the budget is an error that names the smallest budget that works; where the budget is not `strict`
-        it is a micro-batch of its own.
+        Whole groups whose longest rows are alike, so that little padding is computed; or, where a loss needs no whole groups,
+        rows of like length, without the columns that lead with B. With `shared` (N), the first tokens of each row that its
+        group has in common and that count once for those of a group that are together, there is no padding, and groups, or
+        rows by their groups, stay in order. A group (or row) larger than the budget is an error that names the smallest budget
+        that works; where the budget is not `strict` it is a micro-batch of its own.
         """
         for _, part in self.pieces(tokens, whole_groups, shared, strict):
             yield part
@@ -172,8 +172,10 @@ class Batch(Mapping):
                              f"the micro-batch budget of {tokens} tokens: raise train.tokens to at least {largest}, or "
                              f"truncate with data.max_length")
         if whole_groups:
-            for run in runs(cost, tokens):
-                rows = ((host.index >= run.start) & (host.index < run.stop)).nonzero().squeeze(1)
+            longest = lengths.new_zeros(self.groups).scatter_reduce(0, host.index, lengths, "amax")
+            chosen = longest.argsort(descending=True, stable=True) if shared is None else torch.arange(self.groups)
+            for run in runs([cost[g] for g in chosen.tolist()], tokens):
+                rows = torch.isin(host.index, chosen[run]).nonzero().squeeze(1)
                 yield rows, self.select(rows)
             return
         for run in together(length, group, once, tokens):

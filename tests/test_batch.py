@@ -75,6 +75,17 @@ def test_microbatches_fill_a_budget_of_real_tokens():
     assert [m.groups for m in batch(mask=mask, attend=attend).microbatches(16)] == [1, 2]        # attention counts, if there
 
 
+def test_padded_micro_batches_are_of_groups_of_like_length():
+    """Pairs of 2 and 9 tokens in turns, four of a micro-batch: 8 x 9 and 8 x 2 tokens in the place of twice 8 x 9. Packed rows,
+    which have no padding, stay in order."""
+    lengths = torch.tensor([2, 9] * 4).repeat_interleave(2)
+    b = Batch({"group": torch.arange(16) // 2, "mask": torch.arange(9) < lengths[:, None]})
+    padded = [(part.N * int(part["mask"].sum(1).max()), part["group"].tolist()) for part in b.microbatches(72)]
+    assert padded == [(72, [1, 1, 3, 3, 5, 5, 7, 7]), (16, [0, 0, 2, 2, 4, 4, 6, 6])]
+    in_order = [part["group"].unique().tolist() for part in b.microbatches(44, shared=torch.zeros(16, dtype=torch.long))]
+    assert in_order == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
 def test_ragged_four_pairs_as_one_and_three():
     b = Batch({"group": torch.arange(8) // 2, "mask": torch.ones(8, 3).long()})
     assert [m.groups for m in b.split([1, 3])] == [1, 3] and [m.N for m in b.split([2, 2])] == [4, 4]
