@@ -39,8 +39,9 @@ def _unscored(group: Group, name: str, k: int) -> ValueError:
         return ValueError(f"{where} could not be scored by {name!r}: {why}. Score it anew, or drop such responses with the rule "
                           "`scored` first")
     known = list(dict.fromkeys(key for r in group.responses for key in r.scores))
-    return KeyError(f"{where} has no score {name!r}{nearest(name, known)}; scores of the group: {', '.join(known) or 'none'}. "
-                    "Name one of them with score=, or score the responses first")
+    hint = ", which others have" if name in known else nearest(name, known)
+    return KeyError(f"{where} has no score {name!r}{hint}; scores of the group: {', '.join(known) or 'none'}. Name one of "
+                    "them with score=, or score the responses first")
 
 
 def note(group: Group, response: Response, field: str):

@@ -29,9 +29,9 @@ pipeline file a rule is a name with its parameters, `- select: {best_worst: {mar
 - **Difficulty** (`by_irt`, `by_irt_2pl`, `by_glicko`) writes `meta["difficulty"]` with `difficulty_low` and `difficulty_high`.
   `between` selects by it, and a run takes its prompts from easy to hard with
   `rollout: {order: {by_field: {field: difficulty}}}`.
-- **To look at**: `select.sampling.expected_acceptance` (RSO) and `linearity` (which filter of PF-PPO), `select.grades.answer`
-  (what a majority is taken over), `augment.safety.attack_success` (topics x styles), and `difficulty.one_parameter`,
-  `two_parameter`, `glicko`, `ratings` for response matrices and games of your own.
+- **To look at**: the stages `linearity` (which filter of PF-PPO) and `attack_success` (topics x styles), what a build says of
+  `rejection` (acceptance beside what is expected), `select.grades.answer` (what a majority is taken over); and for response
+  matrices and games of your own `prefopt data difficulty`, or `data_tools.difficulty` in Python.
 """
 SECTIONS = {"Labelling and selecting": "data_tools.select", "Augmenting": "data_tools.augment"}
 

@@ -19,9 +19,10 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="""
     Build preference data, look at it, mend it, convert it.
 
     The way of a data set: `build` samples responses to prompts, scores them, makes labels and pairs, and writes them with a
-    card and a page; `stages` lists what a build is made of. `check` says what is wrong with data, `fix` mends it, `view` shows
-    it and takes labels, `relabel` puts those in. `validate`, `convert` and `describe` take any file of preferences, `push` puts
-    a folder on the hub. The tour is docs/data.md.
+    card and a page; `stages` lists what a build is made of. `check` says what is wrong with data, `influence` which pairs mislead
+    a reward model, `fix` mends it, `view` shows it and takes labels, `relabel` puts those in. `difficulty` says how hard items
+    are. `validate`, `convert` and `describe` take any file of preferences, `push` puts a folder on the hub. The tour is
+    docs/data.md.
     """)
 
 Source = Annotated[str, argument("IN", "A file, glob, folder or hub id.")]
@@ -221,7 +222,49 @@ def check(
     raise typer.Exit(int(bool(tally.counts)))
 
 
-Findings = Annotated[Path | None, typer.Option(help="What `prefopt data check` wrote.", show_default=False)]
+@app.command()
+def influence(
+    source: Source,
+    queries: Annotated[str | None, typer.Option(metavar="FILE", help="Pairs that you trust, such as a clean dev set, or those "
+                                                                     "that a model gets wrong: the harm is what they "
+                                                                     "suffer. In the format of IN.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="FOLDER", help="What `prefopt reward train` wrote: its last layer. Left "
+                                                                     "out: the model of the words that `check` uses.")] = None,
+    by: Annotated[str | None, typer.Option(help="influence, gradient_dot, self_influence or loss. Left out: influence with "
+                                                "--queries, else loss.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file of findings.")] = Path("influence.jsonl"),
+    most: Annotated[int, typer.Option(min=1, help="How many pairs are listed.")] = 100,
+    ridge: Annotated[float, typer.Option(help="Of the fitted head, ridge |w|^2 / 2; more of it damps.")] = 1.0,
+    format: Format = None,
+    column: Rename = None,
+    limit: Limit = None,
+):
+    """Rank training pairs by the harm that they do to a reward model, the worst first.
+
+    OUT is read by `view` and `fix`. A pair is `sure` by the share of the pairs that do less harm, so that `fix --sure 0.9` takes
+    the worst tenth, as far as --most lists it.
+
+    Examples:
+
+        prefopt data influence pairs.jsonl --queries clean.jsonl
+        prefopt data influence pairs.jsonl --queries wrong.jsonl --model runs/reward --by gradient_dot
+        prefopt data influence pairs.jsonl --model runs/reward --most 20
+        prefopt data view pairs.jsonl --findings influence.jsonl
+        prefopt data fix pairs.jsonl mended.jsonl --findings influence.jsonl --repair influence=flip --sure 0.9
+    """
+    from data_tools import formats
+    from data_tools.pipeline.config import function_named
+    from data_tools.quality import findings
+    from data_tools.quality.influence import ranked
+    groups = formats.load(source, format=format, columns=renamed(column), limit=limit)
+    trusted = formats.load(queries, format=format, columns=renamed(column)) if queries else None
+    features = function_named("rewards.trained:features")(model) if model else None
+    found = ranked(groups, queries=trusted, features=features, by=by, ridge=ridge, most=most)
+    console.print(Text(str(findings.save(found, out))), soft_wrap=True)
+    console.print(f"all findings are in {out}", soft_wrap=True)
+
+
+Findings = Annotated[Path | None, typer.Option(help="What `prefopt data check` or `influence` wrote.", show_default=False)]
 
 
 @app.command()
@@ -230,12 +273,12 @@ def fix(
     target: Annotated[Path, argument("OUT", "A .jsonl, .jsonl.gz or .parquet file that is not there yet.")],
     repair: Annotated[list[str], typer.Option(metavar="KIND[=REPAIR]", help="A kind of finding to repair, as proposed or by "
                                                                             "another repair. May be repeated.")],
-    findings: Annotated[Path, typer.Option(help="What `prefopt data check` wrote.")] = Path("findings.jsonl"),
+    findings: Annotated[Path, typer.Option(help="What `prefopt data check` or `influence` wrote.")] = Path("findings.jsonl"),
     sure: Annotated[float, typer.Option(help="Leave findings that are less sure alone.")] = 0.8,
     format: Format = None,
     column: Rename = None,
 ):
-    """Repair what `prefopt data check` found, into a new file; OUT.log.jsonl says what was done.
+    """Repair what `check` or `influence` found, into a new file; OUT.log.jsonl says what was done.
 
     Examples:
 
@@ -429,6 +472,41 @@ def describe(
         count = load_tokenizer(tokenizer)
     found = describe.describe(formats.load(source, format=format, columns=renamed(column), limit=limit), count)
     print(json.dumps(found, indent=1) if as_json else describe.render(found))
+
+
+@app.command()
+def difficulty(
+    source: Annotated[str, argument("IN", "A response matrix: a row for each model, its name and then for each item 0, 1, a "
+                                          "share, or nothing. Or games: the columns player, opponent, score and, where there "
+                                          "are several, period.")],
+    by: Annotated[str | None, typer.Option(help="irt (Rasch, 1PL), irt_2pl or glicko (Glicko-2). Left out: irt of a matrix, "
+                                                "glicko of games.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The table: .csv, .jsonl or .parquet.")] = Path("difficulty.csv"),
+    show: Annotated[int, typer.Option(min=1, help="How many at either end are printed.")] = 5,
+    transpose: Annotated[bool, typer.Option("--transpose", help="The rows of the matrix are items, its columns models.")] = False,
+):
+    """Say how hard items are and how able models, with 95 % intervals, from a response matrix or from games.
+
+    Where the responses of several models are scored in groups, the rules by_irt, by_irt_2pl and by_glicko of a pipeline put the
+    same numbers beside each group: `prefopt data stages by_irt`.
+
+    Examples:
+
+        prefopt data difficulty right_or_wrong.csv
+        prefopt data difficulty preference_matrix.csv.gz --by irt_2pl -o items.jsonl
+        prefopt data difficulty games.csv --show 10
+    """
+    from data_tools import abilities
+    rows = abilities.table(abilities.load(source, transpose=transpose), by=by)
+    abilities.save(rows, out)
+    for line in abilities.told(rows):
+        console.print(line)
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        lines = [(row["name"], *(f"{row[key]:.4g}" for key in ("estimate", "low", "high")), f"{row['answers']:,}",
+                  f"{row['share']:.1%}" if row["answers"] else "") for row in rows if row["kind"] == kind]
+        ends = lines if len(lines) <= 2 * show else [*lines[:show], ("...",) * 6, *lines[-show:]]
+        console.print(grid(ends, head=(kind, "estimate", "low", "high", "answers", "share")))
+    console.print(f"the table is {out}", soft_wrap=True)
 
 
 @app.command()

@@ -235,11 +235,29 @@ def diagnose(judge: PairJudge, groups: Sequence[Group]) -> dict:
 def verdicts(chat: Callable[[list[Message]], str], *, repeats: int = 1, concurrency: int = 8) -> Callable:
     """P(first wins) as the mean verdict of `repeats` answers (soft where the judge samples); unreadable ones do not count."""
     def first(conversations: Sequence[list[Message]]) -> list[float | None]:
-        with ThreadPoolExecutor(concurrency) as pool:
-            texts = list(pool.map(chat, [c for c in conversations for _ in range(repeats)]))
-        read = [last_verdict(t) for t in texts]
+        read = answers(lambda c: last_verdict(chat(c)), [c for c in conversations for _ in range(repeats)], concurrency)
         return [mean_of(read[n:n + repeats]) for n in range(0, len(read), repeats)]
     return first
+
+
+def answers(ask: Callable[[list[Message]], float | None], conversations: Sequence[list[Message]],
+            concurrency: int) -> list[float | None]:
+    """What `ask` says of each conversation; None where the service refuses one, such as a text that is too long. That it refuses
+    all, or cannot be used, is an error."""
+    def one(conversation: list[Message]) -> float | None | ScoringError:
+        try:
+            return ask(conversation)
+        except Unreachable:
+            raise
+        except ScoringError as error:
+            return error
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        found = list(pool.map(one, conversations))
+    refused = [x for x in found if isinstance(x, ScoringError)]
+    if refused and len(refused) == len(found):
+        raise refused[0]
+    return [None if isinstance(x, ScoringError) else x for x in found]
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
@@ -286,9 +304,8 @@ class Endpoint:
 
     def letters(self, conversations: Sequence[list[Message]]) -> list[float | None]:
         """P(A) from the log-probabilities of the answer's first token; None where A or B is not among the 20 likeliest."""
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            found = list(pool.map(lambda c: self.answer(c, max_tokens=1, logprobs=True, top_logprobs=20), conversations))
-        return [letter_probability(choice) for choice in found]
+        return answers(lambda c: letter_probability(self.answer(c, max_tokens=1, logprobs=True, top_logprobs=20)), conversations,
+                       self.concurrency)
 
 
 def letter_probability(choice: Mapping) -> float | None:
@@ -309,9 +326,11 @@ class Letters:
 
     def __init__(self, model, tokenizer=None, *, device: str = "cpu", tokens: int = 8192):
         if isinstance(model, str):
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoModelForCausalLM
+
+            from prefopt.models import load_tokenizer
             self.name = model
-            model, tokenizer = AutoModelForCausalLM.from_pretrained(model).to(device), AutoTokenizer.from_pretrained(model)
+            model, tokenizer = AutoModelForCausalLM.from_pretrained(model).to(device), load_tokenizer(model)
         else:
             self.name = str(model.config.name_or_path) or type(model).__name__
         self.model, self.tokenizer, self.tokens = model.eval(), tokenizer, tokens
@@ -351,7 +370,8 @@ class PairJudge:
     first       conversations -> P(first wins) of each, None where it cannot be told
     combine     what the two orders make: `swap_average` (soft) or `agreement` (a win only if both agree, otherwise a tie)
     both_orders off: one order each, drawn from `seed` and the texts, and turned back afterwards
-    unread      the probability where a verdict cannot be read in an order that was asked; None (unknown) or 0.5
+    unread      the probability where a verdict cannot be read in an order that was asked, or the service refuses that one; None
+                (unknown) or 0.5
     limit       characters of the conversation and of each response that are shown, the beginning and the end
     model       what tells this back end from others, such as `Endpoint.settings()`: caches go by it
 

@@ -56,7 +56,8 @@ class Wins:
             group.meta["wins"] = {**group.meta.get("wins", {}), self.name: wins}
             found[id(group)] = [self.oracle.payoff(group, wins, i) for i in range(len(wins))]
         values = [found[id(row.group)][index_of(row)] for row in rows]
-        return [ScoringError("no comparison with those that it plays against is known") if v is None else v for v in values]
+        return [ScoringError("no comparison with those that it plays against is known (`unread: 0.5` of a judge makes ties of "
+                             "what it does not say)") if v is None else v for v in values]
 
 
 class Scorer:

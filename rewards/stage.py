@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_tools.pipeline.config import named
 from data_tools.pipeline.identity import code, content, texts
-from data_tools.records import Group
+from data_tools.records import Group, Response
 from rewards.index import WHERE, resolved
 from rewards.online import Scorer
 
@@ -46,10 +46,13 @@ class Score:
         known = {name: settings_of(spec) for name, spec in zip(self.scorer.named, self.specs, strict=True)}
         for group in self.scorer(shard):
             group.meta["scored_by"] = {**group.meta.get("scored_by", {}), **known}
+            for response in group.responses:
+                noted(response)
         return shard
 
     def count(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Responses with and without a score, sums, groups of equal scores, pairs of responses that two rewards order alike."""
+        """Responses with and without a score, sums, groups of equal scores, pairs without a verdict, pairs that two rewards order
+        alike."""
         found: Counter = Counter()
         for group in groups:
             names = list(group.meta["scored_by"])
@@ -61,6 +64,10 @@ class Score:
                 found[f"sum {name}"] += sum(known)
                 found[f"compared {name}"] += len(known) > 1
                 found[f"flat {name}"] += len(known) > 1 and len(set(known)) == 1
+            for name, wins in group.meta.get("wins", {}).items():
+                known = [w for i, row in enumerate(wins) for w in row[:i]]
+                found[f"judged {name}"] += len(known)
+                found[f"unknown {name}"] += known.count(None)
             for pair in combinations(names, 2):
                 signs = agreements(group, *pair)
                 found[f"ordered {' and '.join(pair)}"] += sum(s != 0 for s in signs)
@@ -74,6 +81,8 @@ class Score:
             lines.append(f"{name}: mean {counts[f'sum {name}'] / scored:.4g} of {scored:,} responses" if scored else
                          f"{name}: no response has a score")
             lines[-1] += f", {missing:,} without a score" * (missing > 0)
+            if unknown := int(counts.get(f"unknown {name}", 0)):
+                lines[-1] += f"; {unknown:,} of {int(counts[f'judged {name}']):,} pairs have no verdict"
             lines[-1] += f"; all responses are equal in {flat:,} of {int(counts[f'compared {name}']):,} groups" * (flat > 0)
         for key in sorted(counts):
             if key.startswith("ordered ") and counts[key]:
@@ -85,6 +94,15 @@ class Score:
     def close(self) -> None:
         if self.scorer is not None:
             self.scorer.close()
+
+
+def noted(response: Response) -> None:
+    """Says why a response has no sum where a part of it is missing, so that the rule `scored` knows."""
+    why = {name: said for name, said in response.meta.pop("unscored", {}).items() if name != "reward"}
+    if why and "reward" not in response.scores:
+        why["reward"] = "; ".join(f"{name}: {said}" for name, said in why.items())
+    if why:
+        response.meta["unscored"] = why
 
 
 def agreements(group: Group, one: str, other: str) -> list[float]:

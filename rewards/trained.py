@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ from rewards.base import Row, ScoringError
 from rewards.cached import by_length
 from rewards.implicit import token_rewards
 
-__all__ = ["Trained", "TrainedComparison", "TrainedReward", "load"]
+__all__ = ["Trained", "TrainedComparison", "TrainedReward", "features", "load"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,24 @@ class TrainedReward(Trained):
                 out[n] = (words, values[i][inside].tolist())
         return out
 
+    def states(self, rows: Sequence[Row]) -> np.ndarray:
+        """(N, D) what the last layer of the head reads of each row: the score is its weight times this."""
+        if not self.objective.outputs or self.by_step:
+            raise ValueError(f"{self.name} has no head that grades whole responses: train one with a recipe such as "
+                             f"bradley_terry")
+        encoded, counts = self.encoded([single(row) for row in rows])
+        if len(encoded) < len(rows):
+            raise ScoringError(f"{len(rows) - len(encoded)} of {len(rows)} responses cannot be read: {counts}")
+        *_, last = (m for m in self.models.policy_model().output.modules() if isinstance(m, torch.nn.Linear))
+        out = np.empty((len(rows), last.in_features))
+        for numbers, batch in self.batches(encoded):
+            read: list[Tensor] = []
+            hook = last.register_forward_pre_hook(lambda _, given, read=read: read.append(given[0]))
+            self.seen(batch, {"outputs"})
+            hook.remove()
+            out[numbers] = read[-1].double().cpu()
+        return out
+
 
 class TrainedComparison(Trained):
     """Compares responses (a `Comparison`): P(i preferred to j) = sigmoid(margin_ij). Every response is read once."""
@@ -252,6 +271,15 @@ def load(name: str, *, aspect: str | None = None, recipe: str | None = None, set
     read_parts(folder, objective)
     kind = TrainedReward if objective.score is not None else TrainedComparison
     return kind(Path(name).name, folder, models, encoding, tokens, objective, start)
+
+
+def features(name: str, **settings) -> Callable[[Sequence[tuple[Group, int]]], np.ndarray]:
+    """What `data_tools.quality.influence` ranks by: the states of responses, by their number, from a trained reward model;
+    `settings` are those of `load`."""
+    reader = load(name, **settings)
+    if not isinstance(reader, TrainedReward):
+        raise ValueError(f"{name} compares responses and grades none: influence needs a model of a recipe such as bradley_terry")
+    return lambda rows: reader.states([Row(group, group.responses[k]) for group, k in rows])
 
 
 def flat(data: dict) -> dict:

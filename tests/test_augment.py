@@ -514,6 +514,8 @@ def test_attack_success_of_cells():
     groups = [Group("?", answers(0.1, 0.9, 0.2).responses, meta={"topic": "x", "style": s}) for s in ("plain", "rot13", "plain")]
     groups[1].responses = answers(0.9).responses
     assert safety.attack_success(groups) == {("x", "plain"): 2 / 3, ("x", "rot13"): 0.0}
+    with pytest.raises(ValueError, match="has no 'subject', which names the topic of the request; there: topic, style"):
+        safety.attack_success(groups, topic="subject")
 
 
 # -------------------------------------------------------------------------------------------------------------- real data

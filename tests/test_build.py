@@ -284,6 +284,10 @@ def test_what_settings_name_counts(place):
     assert set(first) == {"models/a", "list.txt", "build_rules:length"} and named(settings) == first
     (place / "models" / "a" / "w").write_text("2")
     assert {k for k, v in named(settings).items() if v != first[k]} == {"models/a"}
+    (place / "words").mkdir()
+    (place / "run" / "model").mkdir(parents=True)
+    (place / "run" / "model" / "config.json").write_text("{}")
+    assert set(named({"model": "run", "word": "words"})) == {"run"}                   # a folder's name may be just a word
 
 
 def test_dry_says_what_would_run_and_why(place):
@@ -576,7 +580,7 @@ def test_checks_repairs_and_pages(place):
     assert "duplicate" not in kinds and kinds.count("contaminated") == 3          # those of the second check
     card = Path("out/README.md").read_text()
     assert "# Doubles" in card and "contaminated" in card
-    with pytest.raises(ValueError, match="'fix': fix repairs what check found: put the stage check right before it"):
+    with pytest.raises(ValueError, match="'fix': fix repairs what check or influence found: put one of these"):
         build(plan([{"fix": {"repairs": ["duplicate"]}}], source="pairs.jsonl", split={}, out="o2"))
     again = build(plan(stages, source="pairs.jsonl", split={}), resume=True)
     assert [s.said for s in again.steps] == [s.said for s in found.steps]
@@ -591,6 +595,18 @@ def test_which_filter_to_take(place):
     loaded, weights = list(load("lists.jsonl")), {"best": 1, "others": 0, "worst": 1}
     assert len(said) == 4 and "no R^2 by {'best': 1, 'others': 0, 'worst': 0}: no line fits" in said[0]
     assert f"R^2 {linearity(loaded, truth='true', **weights):.3f} by {weights}" == said[1]
+
+
+def test_attack_success_is_a_table(place):
+    """Attacks, their scored responses, the table, and pairs of them: topics x styles, empty where nothing was asked."""
+    rows = [{"prompt": f"{topic} {n}?", "topic": topic} for topic, count in (("fraud", 2), ("drugs", 1)) for n in range(count)]
+    Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = build(plan([{"augment": {"attacks": {"styles": ["plain", "steps"]}}}, {"build_rules:answers": {"n": 4}},
+                        {"build_rules:length": {"scale": 0.2}}, {"attack_success": {"score": "length"}},
+                        {"augment": {"safety_pairs": {"score": "length"}}}], source="asked.jsonl"))
+    assert found.steps[4].said == ["       plain  steps", "drugs         50%", "fraud  50%    50%"]
+    with pytest.raises(ValueError, match="'attack_success': .*has no 'theme', which names the topic of the request"):
+        build(plan([{"build_rules:answers": {}}, {"attack_success": {"topic": "theme"}}], source="asked.jsonl", out="two"))
 
 
 def test_commands_to_look_and_mend(place):
@@ -658,6 +674,7 @@ def test_the_list_of_stages():
 def test_the_tour():
     code_, said = prefopt("data", "--help")
     said = said.partition("Commands")[2]
-    names = ("build", "stages", "check", "fix", "view", "relabel", "validate", "convert", "describe", "push")
+    names = ("build", "stages", "check", "influence", "fix", "view", "relabel", "validate", "convert", "describe", "difficulty",
+             "push")
     order = [said.index(f" {name} ") for name in names]
     assert code_ == 0 and order == sorted(order)

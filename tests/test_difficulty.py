@@ -3,6 +3,7 @@ import copy
 import csv
 import doctest
 import gzip
+import json
 import math
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import pytest
 from scipy.integrate import quad
 from scipy.special import expit, log_expit
 from scipy.stats import norm, spearmanr
+from typer.testing import CliRunner
 
 from data_tools import difficulty, select
 from data_tools.difficulty import WIDTH, Rating, glicko, glicko2, one_parameter, ratings, two_parameter
 from data_tools.records import Group, Response
+from prefopt import cli
 from prefopt.rollout.orders import by_field
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "alpaca_eval" / "preference_matrix.csv.gz"
@@ -279,3 +282,96 @@ def test_difficulty_of_alpaca_eval_holds_for_other_models():
                                                         [r.rating for r in glicko(won)[1]])])
     soft, hard, rated = np.mean(found, axis=0)
     assert soft > 0.6 and hard > 0.55 and rated > 0.55 and soft > hard
+
+
+# ------------------------------------------------------------------------------------------------------ files and tables
+def command(*arguments):
+    result = CliRunner().invoke(cli.app, ["data", "difficulty", *map(str, arguments)], env={"COLUMNS": "100"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+def lines(name) -> list[str]:
+    return Path(name).read_text().splitlines()
+
+
+@pytest.fixture
+def matrix(tmp_path, monkeypatch):
+    """Six models, five items, and one answer that is missing; as a file, and as numbers."""
+    monkeypatch.chdir(tmp_path)
+    y = simulated(6, 5, 3, missing=0)[0]
+    y[2, 1] = np.nan
+    rows = [["model", *(f"i{k}" for k in range(5))], *([f"m{s}", *("" if np.isnan(v) else v for v in y[s])] for s in range(6))]
+    with open("y.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    with open("turned.csv", "w", newline="") as file:
+        csv.writer(file).writerows(zip(*rows, strict=True))
+    return y
+
+
+@pytest.mark.parametrize("by, able, hard", [
+    ("irt", lambda y: one_parameter(y)[:2], lambda y: one_parameter(y)[2:4]),
+    ("irt_2pl", lambda y: two_parameter(y)[:2], lambda y: two_parameter(y)[2:4]),
+    ("glicko", *(lambda y, side=side: [[r[k] for r in glicko(y)[side]] for k in (0, 1)] for side in (0, 1)))])
+def test_the_table_of_a_matrix_is_that_of_the_functions(matrix, by, able, hard):
+    code, said = command("y.csv", "--by", by, "-o", "t.jsonl", "--show", "1")
+    assert code == 0 and "6 subjects from" in said and "5 items from" in said and "the table is t.jsonl" in said
+    rows = [json.loads(line) for line in lines("t.jsonl")]
+    for kind, (values, errors), names in (("subject", able(matrix), [f"m{k}" for k in range(6)]),
+                                          ("item", hard(matrix), [f"i{k}" for k in range(5)])):
+        own = [row for row in rows if row["kind"] == kind]
+        assert [r["name"] for r in own] == [names[k] for k in np.argsort(-np.array(values), kind="stable")]
+        for name, value, error in zip(names, values, errors, strict=True):
+            row = next(r for r in own if r["name"] == name)
+            assert (row["estimate"], row["low"], row["high"]) == pytest.approx(
+                (value, value - 1.959964 * error, value + 1.959964 * error), rel=1e-5)
+            assert ("slope" in row) == (by == "irt_2pl" and kind == "item")
+    second = next(r for r in rows if r["name"] == "m2")
+    assert second["answers"] == 4 and second["share"] == pytest.approx(np.nanmean(matrix[2]))
+    assert command("turned.csv", "--by", by, "--transpose", "-o", "u.jsonl")[0] == 0
+    assert Path("t.jsonl").read_text() == Path("u.jsonl").read_text()
+    assert command("y.csv", "--by", by)[0] == 0
+    again = list(csv.DictReader(lines("difficulty.csv")))
+    assert [(r["name"], float(r["high"])) for r in again] == [(r["name"], r["high"]) for r in rows]
+
+
+def test_slopes_have_intervals_of_their_logarithm(matrix):
+    command("y.csv", "--by", "irt_2pl", "-o", "t.jsonl")
+    row = next(r for r in map(json.loads, lines("t.jsonl")) if r["name"] == "i3")
+    fit = two_parameter(matrix)
+    assert [math.log(row[key]) for key in ("slope_low", "slope", "slope_high")] == pytest.approx(
+        [fit.log_slope[3] + k * 1.959964 * fit.log_slope_error[3] for k in (-1, 0, 1)], rel=1e-5)
+
+
+def test_the_table_of_games_is_that_of_the_ratings(tmp_path, monkeypatch):
+    """Two periods, whatever their order in the file; the published example is one of them."""
+    monkeypatch.chdir(tmp_path)
+    games = [("a", "b", 1.0, 2), ("a", "c", 0.5, 1), ("b", "c", 0.0, 1)]
+    with open("games.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("player", "opponent", "score", "period"), *games])
+    code, said = command("games.csv")
+    want = ratings([[("a", "c", 0.5), ("b", "c", 0.0)], [("a", "b", 1.0)]])
+    found = {r["name"]: r for r in csv.DictReader(lines("difficulty.csv"))}
+    assert code == 0 and "3 players from" in said and {k: float(r["estimate"]) for k, r in found.items()} == {
+        name: pytest.approx(r.rating, rel=1e-12) for name, r in want.items()}
+    assert (found["a"]["kind"], found["a"]["answers"], float(found["a"]["share"])) == ("player", "2", 0.75)
+    assert "games have players and no items" in command("games.csv", "--by", "irt")[1]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("model,a\nm,2\n", "y.csv:2: a is '2', and should be a number from 0 to 1"),
+    ("model,a\nm,yes\n", "y.csv:2: a is 'yes', and should be a number from 0 to 1"),
+    ("model,a\nm,1\nm,0\n", "y.csv:3: the name 'm' (column 'model') comes twice"),
+    ("model\nm\n", "y.csv holds no numbers"), ("", "y.csv holds no numbers"),
+    ("player,opponent,score\na,b,\n", "y.csv:2: the game has no score"),
+    ("player,opponent,score,period\na,b,1,one\n", "y.csv:2: period is 'one', and should be a number"),
+    ("model,a\nm,1,0\n", "does not have the 2 cells of the header")])
+def test_files_that_hold_neither(tmp_path, monkeypatch, text, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "y.csv").write_text(text)
+    code, found = command("y.csv")
+    assert code == 2 and said in found and not (tmp_path / "difficulty.csv").exists()
+
+
+def test_a_method_that_there_is_not(matrix):
+    assert "found 'irt2', did you mean" in command("y.csv", "--by", "irt2")[1]

@@ -1,9 +1,8 @@
 """Responses for data sets: mixtures of policies, ladders, hints, files and services; what fails is tried again and told."""
 import json
 import os
+import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -11,18 +10,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from data_tools import Group, Response
+from data_tools import Group, Response, load, select
 from data_tools.pipeline.config import make
 from data_tools.pipeline.driver import build, recorded
 from data_tools.pipeline.identity import content
 from data_tools.pipeline.provenance import PROMPT_ID, marked
-from prefopt import doctor
+from prefopt import cli, doctor
 from prefopt.rollout import generate
 from prefopt.rollout.generate import Asked, Generate, Texts, tried
 from rewards.stage import Score
 
-ROOT = Path(__file__).parents[1]
 CALLS: list = []
 
 
@@ -212,9 +211,10 @@ def test_recorded_responses_are_found_by_what_the_prompt_says():
 
 # ---------------------------------------------------------------------------------------------------------------- service
 class Service:
-    """Answers chat requests with `say(body)`: (status, text or None)."""
+    """Answers chat requests with `say(body)`: (status, text or None). Status 0 is a connection that is cut in the middle of the
+    answer; a text in bytes is the whole answer."""
 
-    def __init__(self, say):
+    def __init__(self, say, port=0):
         outer = self
         self.bodies = []
 
@@ -223,18 +223,21 @@ class Service:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.bodies.append(body)
                 status, text = say(body)
-                choice = {"message": {"content": text}, "finish_reason": "length" if text == "cut" else "stop"}
-                raw = json.dumps({"choices": [choice]}).encode()
-                self.send_response(status)
+                said = "" if isinstance(text, bytes) else text
+                choice = {"message": {"content": said}, "finish_reason": "length" if text == "cut" else "stop"}
+                raw = text if isinstance(text, bytes) else json.dumps({"choices": [choice]}).encode()
+                self.send_response(status or 200)
+                self.send_header("Retry-After", "0")
                 self.send_header("Content-Length", str(len(raw)))
                 self.end_headers()
-                self.wfile.write(raw)
+                self.wfile.write(raw if status else raw[:9])
 
             def log_message(self, *_):
                 pass
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def __enter__(self):
         return self
@@ -275,6 +278,81 @@ def test_a_service_that_refuses_some_prompts():
 def test_a_service_that_is_down_ends_the_build():
     with pytest.raises(ConnectionError, match="cannot be used"):
         answers(groups("a", "b"), p={"sampler": {"endpoint": {"url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0}}})
+
+
+RESPONSE = re.compile(r"<response_[ab]>\n(.*?)\n</response_[ab]>", re.DOTALL)
+
+
+class Faulty:
+    """What a service says: responses of 1 to 3 words, and to a judge that the longer one is better. It answers nothing to `mute`
+    and no JSON to `broken`, and a judge that is shown `odd` always says A. With `faults` every request fails at first, by turns
+    with 429, 500 and a cut connection; with `dies` the service is gone from that request on."""
+
+    def __init__(self, faults: bool, dies: int = 10**9):
+        self.faults, self.dies, self.seen, self.judged, self.lock = faults, dies, Counter(), 0, threading.Lock()
+
+    def __call__(self, body):
+        asked = body["messages"][-1]["content"]
+        texts = RESPONSE.findall(asked)
+        with self.lock:
+            self.seen[name := json.dumps(body)] += 1
+            self.judged += bool(texts)
+            turn = len(self.seen) % 3
+            if self.judged == self.dies:
+                threading.Thread(target=self.service.__exit__).start()
+            if self.judged >= self.dies:
+                return 0, "gone"
+            if self.faults and self.seen[name] == 1:
+                return (0, 429, 500)[turn], "later"
+        if texts:
+            first, second = (len(t.split()) for t in texts)
+            if "broken" in asked and {first, second} == {1, 3}:
+                return 200, b"{"
+            return 200, "Both are fine. [[A]]" if "odd" in asked or first > second else "[[B]]" if second > first else "[[C]]"
+        if "mute" in asked:
+            return 200, None
+        return 200, " ".join(["word"] * (1 + body["seed"] % 3))
+
+
+def test_a_service_samples_and_judges_in_one_pipeline_and_dies_in_the_middle():
+    """Over sockets. Each request fails once, the service dies while it judges, another one goes on at its address: the bytes of a
+    build with a sound service, and what was committed is not asked again."""
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in (
+        "one", "two", "mute", "odd", "broken", "three", "four", "five")))
+
+    def run(out, cache, port, *more):
+        service = {"url": f"http://127.0.0.1:{port}/v1", "model": "m", "wait": 0.01, "retries": 3, "concurrency": 1}
+        Path("build.yaml").write_text(json.dumps({"source": "prompts.jsonl", "out": out, "cache": cache, "shard": 2, "stages": [
+            {"generate": {"policies": {"p": {"sampler": {"endpoint": service}, "n": 4}}, "retries": 0}}, {"select": "distinct"},
+            {"score": {"rewards": [{"judge": service}], "unscored": "mark"}}, {"write": {"name": "judged"}},
+            {"select": ["scored", "best_worst"]}, {"write": {"name": "pairs", "format": "pair"}}]}))
+        result = CliRunner().invoke(cli.app, ["data", "build", "build.yaml", *more], env={"COLUMNS": "100"})
+        return result.exit_code, " ".join(result.output.split())
+
+    say = Faulty(faults=True, dies=30)
+    with Service(say) as say.service:
+        port = say.service.port
+        code, said = run("one", "cache", port)
+    assert code == 2 and "stage 'score'" in said and "cannot be used: 4 attempts" in said
+    with Service(say := Faulty(faults=True), port) as service:
+        code, said = run("one", "cache", port, "--resume")
+        again = [b for b in service.bodies if "response_a" not in b["messages"][-1]["content"]]
+    assert code == 1 and "1 groups failed" in said and not again                       # nothing is sampled twice
+    with Service(sound := Faulty(faults=False), port):
+        assert run("two", "other", port)[0] == 1
+    for name in ("judged/train.jsonl", "pairs/train.jsonl", "failed.jsonl"):
+        assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
+    assert 0 < len(say.seen) < sum("response_a" in body for body in sound.seen)        # nor is all judged twice
+    assert "without text" in Path("one/failed.jsonl").read_text()
+    groups = {g.prompt: g for g in load("one/judged/train.jsonl")}
+    for prompt, group in groups.items():
+        size = [len(r.text.split()) for r in group.responses]
+        wins = [[None if prompt == "broken" and {a, b} == {1, 3} else 0.5 if prompt == "odd" or a == b else float(a > b)
+                 for b in size] for a in size]
+        assert group.wins == wins
+    assert len(groups) == 7 and "1 of 21 pairs have no verdict" in said
+    for pair in load("one/pairs/train.jsonl"):
+        assert pair.prompt != "odd" and len(pair.responses[0].text) > len(pair.responses[1].text)
 
 
 # ------------------------------------------------------------------------------------------------------------ a real model
@@ -349,20 +427,33 @@ def test_a_pipeline_that_samples_scores_and_pairs(model, tmp_path):
     assert recorded(plan("one"))["stages"][0] != before
 
 
-def test_killed_while_sampling(model, tmp_path):
+class Timed(Echo):
+    """Takes its time, so that somebody can come between."""
+
+    def __call__(self, prompts, **settings):
+        time.sleep(0.05)
+        return super().__call__(prompts, **settings)
+
+
+@pytest.mark.parametrize("sampler", ["timed", pytest.param("model", marks=pytest.mark.slow)])
+def test_killed_while_sampling(sampler, request):
     """Killed (SIGKILL) among its shards and resumed: the bytes of a build that was left alone, and no shard sampled again."""
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": "? " * (n + 1)}) + "\n" for n in range(8)))
-    policy = real(str(Path(model).resolve()), n=2, max_new_tokens=150)
+    policy = {"sampler": {"test_generate:Timed": None}, "n": 2} if sampler == "timed" else \
+        real(str(Path(request.getfixturevalue("model")).resolve()), n=2, max_new_tokens=150)
     spec = {"source": "prompts.jsonl", "out": "one", "cache": "cache", "shard": 1, "stages": [{"generate": {"policies": {
         "p": policy}}}, {"write": {"name": "all"}}]}
-    Path("build.yaml").write_text(json.dumps(spec))           # JSON is YAML
-    command = [sys.executable, "-m", "prefopt", "data", "build", "build.yaml"]
-    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    child = os.fork()
+    if not child:
+        try:
+            build(make(spec))
+        finally:
+            os._exit(0)
     made = lambda: {p: p.stat().st_mtime_ns for p in Path("cache/made").rglob("*.json")}
-    while len(made()) < 3 and child.poll() is None:           # the source and two shards
+    while len(made()) < 3 and not os.waitpid(child, os.WNOHANG)[0]:                    # the source and two shards
         time.sleep(0.002)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     before = made()
     assert 3 <= len(before) < 9
     found = build(make(spec), resume=True)
@@ -445,6 +536,8 @@ def test_responses_that_cannot_be_scored():
     with pytest.raises(ValueError, match="reads the field 'x', which the row lacks"):
         scored(rewards="test_generate:places")
     found = scored(rewards="test_generate:places", unscored="mark")
+    assert len(select.scored(found[0])[0].responses) == 2     # the sum is missing for a known reason
+    assert found[0].responses[2].meta["unscored"]["reward"].startswith("places: ")
     assert [r.scores.get("reward") for r in found[0].responses] == [1.0, 2.0, None]
     assert "places" in found[0].responses[2].meta["unscored"]
     stage = Score(rewards="test_generate:places", unscored="mark")

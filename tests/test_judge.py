@@ -316,6 +316,17 @@ def test_an_endpoint_has_a_clear_end():
         Endpoint(service.url, "m")([])
 
 
+def test_what_a_service_refuses_is_unread():
+    """A pair that is refused in one order is unknown, the others stand; that all are refused is an error."""
+    wrong = 400, {"error": "too long"}
+    ask = lambda *script: Service([said(x) if isinstance(x, str) else x for x in script])
+    with ask("[[A]]", wrong, "[[A]]", "[[B]]", "[[A]]", "[[B]]") as service:
+        judge = find({"judge": {"model": "m", "url": service.url, "concurrency": 1}})
+        assert judge.compare([group("a", "b", "c")]) == [[[0.5, None, 1.0], [None, 0.5, 1.0], [0.0, 0.0, 0.5]]]
+    with ask(wrong) as service, pytest.raises(ScoringError, match="too long"):
+        find({"judge": {"model": "m", "url": service.url}}).compare([group("a", "b")])
+
+
 def test_a_silent_service_times_out():
     import socket
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -350,7 +361,7 @@ def test_settings_name_what_decides():
     assert len(find({"panel": {"judges": [{"model": m, "url": "http://x"} for m in "abc"]}}).judges) == 3
 
 
-def test_letters_of_a_local_model():
+def test_letters_of_a_local_model(tmp_path):
     """Batches with padding on the left give what each conversation gives alone, from the logits after the template."""
     torch = pytest.importorskip("torch")
     from tiny_models import tiny
@@ -371,6 +382,9 @@ def test_letters_of_a_local_model():
     assert Letters(model, tokenizer, tokens=5)(conversations) == pytest.approx(alone, abs=1e-10)
     wins, = PairJudge(letters, template="{a} {b}").compare([group("w1 w2", "w3")])
     assert wins[0][1] + wins[1][0] == 1.0 and wins[0][1] != 0.5
+    folder = tmp_path / "saved"                               # the tokenizer as saved, whatever AutoTokenizer makes of the type
+    tiny("qwen2").save_pretrained(folder), tokenizer.save_pretrained(folder)
+    assert Letters(str(folder))(conversations) == pytest.approx(Letters(tiny("qwen2"), tokenizer)(conversations), abs=1e-5)
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")))
     with pytest.raises(ValueError, match="no single token each for A and B"):
         Letters(model, plain)

@@ -529,69 +529,6 @@ def test_annotators_of_real_data():
     assert found["annotators differ"] == 104 and found["annotator noise"] == 1           # 85 % unanimous, as its paper says
 
 
-# ----------------------------------------------------------------------------------------------------------- influence
-@pytest.fixture(scope="module")
-def head():
-    rng = np.random.default_rng(0)
-    truth = rng.normal(size=5)
-    d = rng.normal(size=(300, 5))
-    d *= np.where(rng.random(300) < 1 / (1 + np.exp(-d @ truth)), 1, -1)[:, None]
-    query = rng.normal(size=(50, 5))
-    return d, query * np.sign(query @ truth)[:, None]
-
-
-def test_bradley_terry_is_the_minimum(head):
-    d, _ = head
-    w = noise.bradley_terry(d, ridge=2.0)
-    slope = -d.T @ (1 / (1 + np.exp(d @ w))) + 2.0 * w
-    assert np.abs(slope).max() < 1e-4
-
-
-def test_influence_is_leaving_out(head):
-    d, query = head
-    w, loss = noise.bradley_terry(d), lambda w: np.logaddexp(0, -query @ w).mean()
-    predicted = noise.influence(d, query, w)[:60]
-    actual = np.array([loss(w) - loss(noise.bradley_terry(np.delete(d, n, 0))) for n in range(60)])
-    slope = predicted @ actual / (predicted @ predicted)
-    assert np.corrcoef(predicted, actual)[0, 1] > 0.99 and 0.9 < slope < 1.1
-
-
-def test_gradient_dot_is_a_step(head):
-    d, query = head
-    w, loss = np.full(5, 0.2), lambda w: np.logaddexp(0, -query @ w).mean()
-    h = 1e-5
-    for n, found in enumerate(noise.gradient_dot(d, query, w)[:10]):
-        step = h * d[n] / (1 + np.exp(d[n] @ w))               # minus the gradient of the pair's loss
-        assert (loss(w + step) - loss(w - step)) / (2 * h) == pytest.approx(found, rel=1e-6)
-
-
-def test_influence_with_much_damping_is_the_gradient_dot(head):
-    d, query = head
-    w = noise.bradley_terry(d)
-    assert noise.influence(d, query, w, ridge=1e9) * 1e9 == pytest.approx(noise.gradient_dot(d, query, w), rel=1e-5)
-
-
-def test_diagnostics_find_flips():
-    """The card's claim: of 10 % flips the top fifth has at least 60 %, by harm to a clean set, own influence and plain loss."""
-    rng = np.random.default_rng(1)
-    truth, d = rng.normal(size=8), rng.normal(size=(1000, 8))
-    d *= np.sign(d @ truth)[:, None]
-    flipped = rng.random(1000) < 0.1
-    d[flipped] *= -1
-    clean = rng.normal(size=(200, 8))
-    clean *= np.sign(clean @ truth)[:, None]
-    w = noise.bradley_terry(d)
-    for score in (noise.influence(d, clean, w), noise.self_influence(d, w), -(d @ w)):
-        assert flipped[np.argsort(-score)[:200]].sum() / flipped.sum() >= 0.6
-
-
-def test_self_influence_is_that_of_the_own_loss(head):
-    d, _ = head
-    w = noise.bradley_terry(d)
-    own = [-noise.influence(d, d[n:n + 1], w)[n] for n in range(5)]
-    assert noise.self_influence(d, w)[:5] == pytest.approx(own, rel=1e-9) and (noise.self_influence(d, w) >= 0).all()
-
-
 # --------------------------------------------------------------------------------------------------------------- check
 def test_sound_data_has_no_findings():
     groups = [g if n % 2 else keep(g, [1, 0]) for n, g in enumerate(random_groups(120))]

@@ -2,6 +2,7 @@
 import itertools
 import math
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 from scipy.stats import chisquare, kstest, norm
 
 from data_tools import select
+from data_tools.formats import dump
+from data_tools.pipeline.config import make
+from data_tools.pipeline.driver import build
 from data_tools.records import Group, Response
 from data_tools.select.sampling import accept, expected_acceptance, linearity, shares
 
@@ -98,6 +102,29 @@ def test_expected_acceptance_is_that_of_the_first_pass():
         accepted += len(accept(values, n=4, beta=0.7, uniform=r.random, highest=2.0)[0])
     assert abs(accepted / 20000 - want) < 4 * math.sqrt(want * (1 - want) / 20000)
     assert expected_acceptance(values, beta=0) == 0.25 and expected_acceptance(values, beta=math.inf) == 1.0
+
+
+def test_a_build_tells_the_expected_acceptance_beside_the_observed(tmp_path, monkeypatch):
+    """Against a bound there is one pass over all, so that the two agree within chance."""
+    monkeypatch.chdir(tmp_path)
+    r = random.Random(0)
+    groups = [Group(f"q{k}", [Response(f"{k} {j}", scores={"r": r.uniform(0, 2)}) for j in range(40)]) for k in range(60)]
+    dump(groups, "groups.jsonl")
+    settings = {"score": "r", "beta": 0.7, "seed": 0}
+
+    def told(**more):
+        step = build(make({"source": "groups.jsonl", "out": "out", "cache": "cache", "shard": 9, "stages": [
+            {"select": {"rejection": {**settings, **more}}}]}), overwrite=True).steps[1]
+        assert "means of 60 groups" in step.said[-1]
+        return [float(x) / 100 for x in re.findall(r"([0-9.]+)%", step.said[-1])]
+
+    seen, expected = told(n=40, highest=2.0)
+    exact = [expected_acceptance([x.scores["r"] for x in g.responses], beta=0.7, highest=2.0) for g in groups]
+    assert expected == pytest.approx(sum(exact) / 60, abs=5e-4)
+    assert abs(seen - expected) < 4 * math.sqrt(expected * (1 - expected) / 2400)
+    seen, _ = told(n=30)
+    mine = [select.rejection(g, n=30, **settings)[0].meta["acceptance"] for g in groups]
+    assert seen == pytest.approx(sum(mine) / 60, abs=5e-4)
 
 
 def test_limits_of_beta():

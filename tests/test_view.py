@@ -220,6 +220,8 @@ def test_nothing_is_wider_than_the_window(tmp_path, width):
     write_page(describe([*GROUPS, long], findings=FOUND, title="A title"), tmp_path / "index.html")
     with Page(tmp_path / "index.html", (width, 900)) as page:
         assert page.run("document.documentElement.scrollWidth") <= width
+        numbers = page.run("[...document.querySelectorAll('td.soft ~ td.text')].map(e => e.getBoundingClientRect().toJSON())")
+        assert len(numbers) > 10 and all(n["right"] <= width and n["width"] > 60 for n in numbers)        # none is out of sight
         page.press("ArrowRight", "ArrowRight", "ArrowRight", "ArrowRight")
         assert page.run("document.documentElement.scrollWidth") <= width and page.run("window.hit") is None
         assert text(page, "#count") == "5 of 5" and page.errors == []

@@ -317,6 +317,41 @@ class TestServer:
         assert time.monotonic() - start < 10
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (.ci/install_vllm)")
+def test_a_data_pipeline_over_the_openai_protocol(tmp_path):
+    """Responses and verdicts in one build: P(A) in both orders is what the same model says through transformers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from data_tools import formats
+    from data_tools.pipeline import config, driver
+    from rewards.judge import judge
+    words = ["<pad>", "<bos>", "<eos>", "?", "A", "B", "user", "assistant", *(f"w{n}" for n in range(12))]
+    known = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="?"))
+    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model = str(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=known, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", chat_template=(
+        "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}assistant ")).save_pretrained(model)
+    calm(tiny("qwen2", **SIZE | {"vocab_size": len(words)}), 0.5).save_pretrained(model)        # 20 words: all are told
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "w{n} w{n + 1}"}}\n' for n in range(6)))
+    running = Running(model, "--served-model-name", "small")
+    service = {"url": f"{running.url}/v1", "model": "small"}
+    try:
+        running.client()
+        found = driver.build(config.make({
+            "source": str(tmp_path / "prompts.jsonl"), "out": str(tmp_path / "out"), "cache": str(tmp_path / "cache"), "stages": [
+                {"generate": {"policies": {"p": {"sampler": {"endpoint": service}, "n": 3, "max_new_tokens": 6}}}},
+                {"score": {"rewards": [{"judge": {**service, "letters": True}}]}}]}))
+    finally:
+        running.kill()
+    groups = list(formats.load(str(tmp_path / "out" / "groups" / "train.jsonl")))
+    assert found.splits == {"train": 6} and len({r.text for g in groups for r in g.responses}) > 12
+    told = judge(model=model).compare(groups)
+    assert [torch.tensor(g.wins) for g in groups] == [pytest.approx(torch.tensor(wins), abs=2e-5) for wins in told]
+    assert max(abs(p - 0.5) for wins in told for row in wins for p in row) > 0.002
+
+
 # ---------------------------------------------------------------------------------------------------- without an engine
 def test_weights_of_a_policy():
     """Tied ones under both names; LoRA as merging gives it, while the policy keeps its own."""

@@ -21,7 +21,7 @@ its settings; or a list of these, one after the other. What a stage is can be re
     shard               a list of groups -> list of groups, for what is better done together
     groups              all groups, which can be passed over again -> iterator of groups
     groups, folder      all groups -> None or lines for the summary; files go into the folder, and the groups stay as they are
-    ..., findings       and the file of what `check` found, if the groups are still those that it saw, else None
+    ..., findings       and the file of what `check` or `influence` found, if the groups are still those that it saw, else None
 
 Keyword-only parameters are settings. A setting `seed` is the pipeline's unless it is given, and a setting `generate` takes a
 sampler's spec and is a function, prompts -> texts. A class is made once with its settings, and called.
@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import partial, update_wrapper
 from importlib import import_module
 from pathlib import Path
 
@@ -43,9 +43,10 @@ from data_tools.fields import shorten
 STAGES = {
     "generate": "prefopt.rollout.generate:Generate", "search": "prefopt.rollout.search:Search", "score": "rewards.stage:Score",
     "label": "data_tools.select", "select": "data_tools.select", "augment": "data_tools.augment",
-    "check": "data_tools.pipeline.stages:check", "fix": "data_tools.pipeline.stages:Fix",
-    "describe": "data_tools.pipeline.stages:describe", "view": "data_tools.pipeline.stages:view",
-    "linearity": "data_tools.pipeline.stages:linearity", "write": "data_tools.writers:write",
+    "check": "data_tools.pipeline.stages:check", "influence": "data_tools.pipeline.stages:influence",
+    "fix": "data_tools.pipeline.stages:Fix", "describe": "data_tools.pipeline.stages:describe",
+    "view": "data_tools.pipeline.stages:view", "linearity": "data_tools.pipeline.stages:linearity",
+    "attack_success": "data_tools.pipeline.stages:attack_success", "write": "data_tools.writers:write",
 }
 SHAPES = ("group", "shard", "groups", "groups findings", "groups folder", "groups folder findings")
 TEXTS = "prefopt.rollout.generate:Texts"                      # makes the setting `generate` from a sampler's spec
@@ -69,11 +70,13 @@ class Stage:
 
     @contextmanager
     def made(self) -> Iterator[Callable]:
-        """What is called: the function with its settings bound, or the object of a class. What has a `close` is closed."""
+        """What is called: the function with its settings bound (and with its own `count` and `told`, if any), or the object of a
+        class. What has a `close` is closed."""
         settings = dict(self.settings)
         if "generate" in settings:
             settings["generate"] = function_named(TEXTS)(settings["generate"], seed=settings.get("seed", 0))
-        call = self.function(**settings) if inspect.isclass(self.function) else partial(self.function, **settings)
+        bound = partial(self.function, **settings)
+        call = bound() if inspect.isclass(self.function) else update_wrapper(bound, self.function)
         try:
             yield call
         finally:

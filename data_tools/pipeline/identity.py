@@ -90,17 +90,23 @@ def texts(settings) -> Iterator[str]:
 
 
 def named(settings) -> dict[str, str]:
-    """What settings name beyond themselves: files and folders (with a / in their names) with their content, `module:name` with
-    the module's code."""
+    """What settings name beyond themselves: files and folders (with a / in their names, or of a model) with their content,
+    `module:name` with the module's code."""
     found = {}
     for text in sorted(set(texts(settings))):
         module, _, attribute = text.partition(":")
-        if os.path.isfile(text) or os.sep in text and os.path.isdir(text) and Path(text).name not in ("", ".."):
+        if os.path.isfile(text) or os.path.isdir(text) and (os.sep in text and Path(text).name not in ("", "..") or model(text)):
             found[text] = content(text)
         elif attribute.isidentifier() and module.replace(".", "").isidentifier():
             with suppress(ImportError, OSError, TypeError):   # words with a colon between them
                 found[text] = code(module)
     return found
+
+
+def model(folder: str) -> bool:
+    """Whether it holds a model, as a folder of weights or of a run."""
+    return any(Path(folder, *inside, name).exists() for inside in ((), ("model",))
+               for name in ("config.json", "adapter_config.json"))
 
 
 def identity(function: Callable, settings: Mapping) -> dict:

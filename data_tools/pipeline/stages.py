@@ -9,7 +9,7 @@ from data_tools.formats import load
 from data_tools.pipeline.config import function_named
 from data_tools.records import Group
 
-__all__ = ["FINDINGS", "Fix", "check", "describe", "linearity", "view"]
+__all__ = ["FINDINGS", "Fix", "attack_success", "check", "describe", "influence", "linearity", "view"]
 
 FINDINGS = "findings.jsonl"                                   # the file of a stage that later ones are given as `findings`
 
@@ -31,8 +31,24 @@ def check(groups: Iterable[Group], folder: Path, *, against: Mapping[str, str] |
     return str(findings.save(found, folder / FINDINGS)).splitlines()
 
 
+def influence(groups: Iterable[Group], folder: Path, *, queries: str | None = None, model: str | None = None,
+              by: str | None = None, ridge: float = 1.0, most: int = 100, seed: int = 0) -> list[str]:
+    """Which groups pull a reward model the wrong way, in findings.jsonl; see data_tools.quality.influence for the settings.
+
+    queries     a file of trusted pairs
+    model       the folder of a trained reward model; left out: a model of the words
+    """
+    from data_tools.quality import findings
+    from data_tools.quality.influence import ranked
+    features = function_named("rewards.trained:features")(model) if model else None
+    trusted = load(queries) if queries else None
+    found = ranked(groups, queries=trusted, features=features, by=by, ridge=ridge, most=most, seed=seed)
+    return str(findings.save(found, folder / FINDINGS)).splitlines()
+
+
 class Fix:
-    """Repairs of what the `check` before it found; see data_tools.quality.fix for the settings. What was repaired is counted."""
+    """Repairs of what the `check` or `influence` before it found; see data_tools.quality.fix for the settings. What was repaired
+    is counted."""
 
     def __init__(self, *, repairs: Mapping[str, str] | Sequence[str], sure: float = 0.8):
         self.repairs, self.sure, self.counts = repairs, sure, Counter()
@@ -41,7 +57,7 @@ class Fix:
         from data_tools.quality import findings as found
         from data_tools.quality.fix import fix
         if findings is None:
-            raise ValueError("fix repairs what check found: put the stage check right before it")
+            raise ValueError("fix repairs what check or influence found: put one of these stages right before it")
         return fix(groups, found.load(findings), repairs=self.repairs, sure=self.sure,
                    log=lambda entry: self.counts.update([f"repaired: {entry['repair']}"]))
 
@@ -84,6 +100,21 @@ def linearity(groups: Iterable[Group], folder: Path, *, truth: str, score: str =
             return f"no R^2 by {weights}: {problem}"
 
     return [told(weights) for weights in filters]
+
+
+def attack_success(groups: Iterable[Group], folder: Path, *, score: str = "safe", unsafe: float = 0.5,
+                   topic: str = "topic") -> list[str]:
+    """Shares of unsafe responses, topics x styles (Egida); put it between the `score` of attacks and `safety_pairs`.
+
+    score, unsafe, topic   as in data_tools.augment.safety.attack_success
+    """
+    from data_tools.augment.safety import attack_success
+    found = attack_success(groups, score=score, unsafe=unsafe, topic=topic)
+    topics, styles = (sorted({cell[place] for cell in found}) for place in (0, 1))
+    shares = [[f"{found[t, s]:.0%}" if (t, s) in found else "" for s in styles] for t in topics]
+    rows = [["", *styles], *([t, *cells] for t, cells in zip(topics, shares, strict=True))]
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, wide, strict=True)).rstrip() for row in rows]
 
 
 def found_in(findings: Path | None) -> Iterable:

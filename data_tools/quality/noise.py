@@ -1,5 +1,4 @@
-"""Labels that are probably wrong: by a model that has not seen them, by given scores, by annotators who disagree; and which
-training pairs pull a reward model the wrong way."""
+"""Labels that are probably wrong: by a model that has not seen them, by given scores, by annotators who disagree."""
 from __future__ import annotations
 
 import heapq
@@ -9,9 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize
 from scipy.sparse import diags, vstack
-from scipy.special import expit, log_expit
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from data_tools.describe import content
@@ -19,8 +17,7 @@ from data_tools.labels import pairs, wins_of
 from data_tools.quality.words import Chunk, counts, digest, identity, words
 from data_tools.records import Group
 
-__all__ = ["Flips", "Margins", "Unlearnable", "bradley_terry", "crossfit", "disagreement", "flips", "gradient_dot", "influence",
-           "margin", "scored", "self_influence"]
+__all__ = ["Flips", "Margins", "Unlearnable", "crossfit", "disagreement", "flips", "margin", "scored"]
 
 WIDTH = 1 << 18                                               # hashed words and pairs of words
 
@@ -70,22 +67,18 @@ def crossfit(groups: Iterable[Group], *, sample: int = 20_000, folds: int = 5, r
     folds           how many fits; a prompt belongs to one fold
     regularisation  scikit-learn's C
     """
-    fold = lambda group: (digest(content(group.prompt)) ^ seed) % folds
-    drawn = [(good, bad, place) for _, _, good, bad, place in heapq.nsmallest(sample, (
-        (digest(f"{seed} {identity(g)}"), n, content(g.responses[i].text), content(g.responses[j].text), fold(g))
-        for n, g in enumerate(groups) for i, j in extremes(wins_of(g))))]
-    most = max(Counter(place for *_, place in drawn).values(), default=0)
+    fold = lambda prompt: (digest(prompt) ^ seed) % folds
+    drawn = sampled(groups, sample, seed)
+    places = [fold(prompt) for _, _, prompt in drawn]
+    most = max(Counter(places).values(), default=0)
     if len(drawn) - most < folds:
         raise Unlearnable(f"a model of the labels needs groups with a preferred response and different prompts; of {len(drawn)} "
                           f"groups {most} have prompts of one fold of {folds}: name a score that judges them (score=...)")
-    good, bad, place = (list(side) for side in zip(*drawn, strict=True))
-    pieces = [counts(words(side[s:s + 2000]), WIDTH) for side in (good, bad) for s in range(0, len(side), 2000)]
-    found = vstack(pieces, format="csr")
-    seen = np.bincount(found.indices, minlength=WIDTH)
-    idf = np.where(seen > 1, 1 + np.log((1 + found.shape[0]) / (1 + seen)), 0.0).astype(np.float32)
+    found = tallied([one[side] for side in (0, 1) for one in drawn])
+    idf = rarity(found)
     found = weighed(found, idf)
-    difference, place = found[:len(good)] - found[len(good):], np.array(place)
-    turned = np.where(np.arange(len(good)) % 2, -1.0, 1.0)    # both classes must occur: turn every other pair round
+    difference, place = found[:len(drawn)] - found[len(drawn):], np.array(places)
+    turned = np.where(np.arange(len(drawn)) % 2, -1.0, 1.0)   # both classes must occur: turn every other pair round
     mirrored = (diags(turned) @ difference).tocsr()
     fits = np.zeros((folds, WIDTH), np.float32)
     for k in range(folds):
@@ -95,10 +88,28 @@ def crossfit(groups: Iterable[Group], *, sample: int = 20_000, folds: int = 5, r
 
     def margins(chunk: Chunk) -> np.ndarray:
         values = weighed(counts(chunk.words, WIDTH), idf) @ fits.T
-        own = values[np.arange(len(chunk.texts)), np.array([fold(g) for g in chunk.groups])[chunk.group]]
+        own = values[np.arange(len(chunk.texts)), np.array([fold(content(g.prompt)) for g in chunk.groups])[chunk.group]]
         return np.array([margin(g, own[p + 1:p + 1 + len(g.responses)].tolist())
                          for g, p in zip(chunk.groups, chunk.prompt, strict=True)])
     return margins
+
+
+def sampled(groups: Iterable[Group], size: int, seed: int) -> list[tuple[str, str, str]]:
+    """The response that wins most, the one that wins least, and the prompt, of as many groups as that, drawn by their content."""
+    return [texts for *_, texts in heapq.nsmallest(size, (
+        (digest(f"{seed} {identity(g)}"), n, (content(g.responses[i].text), content(g.responses[j].text), content(g.prompt)))
+        for n, g in enumerate(groups) for i, j in extremes(wins_of(g))))]
+
+
+def tallied(texts: Sequence[str]):
+    """(texts, WIDTH) how often each word and each pair of words occurs."""
+    return vstack([counts(words(texts[s:s + 2000]), WIDTH) for s in range(0, len(texts), 2000)], format="csr")
+
+
+def rarity(found) -> np.ndarray:
+    """(WIDTH) 1 + log((1 + texts) / (1 + texts with the word)), as in scikit-learn; 0 for a word of one text."""
+    seen = np.bincount(found.indices, minlength=WIDTH)
+    return np.where(seen > 1, 1 + np.log((1 + found.shape[0]) / (1 + seen)), 0.0).astype(np.float32)
 
 
 def weighed(found, idf: np.ndarray):
@@ -164,57 +175,3 @@ def disagreement(ballots: Iterable[Sequence[float]]) -> dict[str, float]:
         return {"items": 0}
     d = math.fsum(shares) / len(shares)
     return {"items": len(shares), "disagree": d, "error rate": (1 - math.sqrt(max(0.0, 1 - 2 * d))) / 2}
-
-
-# ----------------------------------------------------------------------------------------------------------- influence
-def bradley_terry(difference: np.ndarray, *, ridge: float = 1.0) -> np.ndarray:
-    """The (D) weights w with the least sum_i -log sigma(d_i w) + ridge |w|^2 / 2, for differences d = phi_w - phi_l of the last
-    layer's features of preferred and other responses (N, D)."""
-    loss = lambda w: (-log_expit(difference @ w).sum() + ridge * w @ w / 2, ridge * w - difference.T @ expit(-difference @ w))
-    return minimize(loss, np.zeros(difference.shape[1]), jac=True, method="L-BFGS-B", options={"gtol": 1e-10, "ftol": 1e-15}).x
-
-
-def gradients(difference: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(N, D) gradients of -log sigma(d w) in w: -(1 - sigma(d w)) d."""
-    return -expit(-difference @ weights)[:, None] * difference
-
-
-def hessian(difference: np.ndarray, weights: np.ndarray, ridge: float) -> np.ndarray:
-    p = expit(difference @ weights)
-    return (difference * (p * (1 - p))[:, None]).T @ difference + ridge * np.eye(difference.shape[1])
-
-
-def gradient_dot(difference: np.ndarray, query: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(N) harm of each training pair to the query pairs by the last layer's gradients alone: - g_query g_i.
-
-    difference  (N, D) and query (M, D): features of the preferred response less those of the other; weights (D) the head's
-    Gradient    -
-    Edge        a pair without difference has 0
-    Relations   `influence` with the identity for the Hessian; positive: a step on the pair raises the mean loss of the queries
-    Departs     -
-    Reference   Grosse et al., Studying LLM generalization with influence functions, arXiv:2308.03296
-
-    >>> gradient_dot(np.array([[1.0], [-1.0]]), np.array([[1.0]]), np.zeros(1)).tolist()
-    [-0.25, 0.25]
-    """
-    return -gradients(difference, weights) @ gradients(query, weights).mean(0)
-
-
-def influence(difference: np.ndarray, query: np.ndarray, weights: np.ndarray, *, ridge: float = 1.0) -> np.ndarray:
-    """(N) change of the mean query loss when a training pair counts once more: - g_query H^-1 g_i, with the exact Hessian
-    H = sum sigma (1 - sigma) d d^T + ridge I of the head.
-
-    ridge       of the fit (`bradley_terry`); more of it damps
-    Edge        ridge = 0 needs N pairs of full rank
-    Relations   leaving the pair out changes the loss by about minus this
-    Departs     -
-    Reference   Grosse et al., arXiv:2308.03296, eq. 5, for the last layer alone
-    """
-    back = np.linalg.solve(hessian(difference, weights, ridge), gradients(query, weights).mean(0))
-    return -gradients(difference, weights) @ back
-
-
-def self_influence(difference: np.ndarray, weights: np.ndarray, *, ridge: float = 1.0) -> np.ndarray:
-    """(N) g_i H^-1 g_i: how much a pair's own loss hangs on its presence; outliers and flips have much of it."""
-    g = gradients(difference, weights)
-    return (g * np.linalg.solve(hessian(difference, weights, ridge), g.T).T).sum(1)

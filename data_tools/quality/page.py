@@ -50,9 +50,9 @@ PAGE = HEAD + """
 <td class="number">{{ "{:,.0f}".format(m.characters / m.responses) }}</td></tr>{% endfor %}</tbody></table></div>{% endif %}
 {%- for a in agreement %}
 <h2>Agreement of {{ a.what }}</h2>
-<div class="scroll"><table class="heat"><caption>Percent of {{
-"items on which two give the same vote" if a.what == "annotators" else
-"pairs that two put in the same order; ties of either left out" }}.</caption><thead><tr><td></td>
+<p class="soft">Percent of {{ "items on which two give the same vote" if a.what == "annotators" else
+"pairs that two put in the same order; ties of either left out" }}.</p>
+<div class="scroll"><table class="heat"><thead><tr><td></td>
 {%- for n in a.names %}<th scope="col">{{ n }}</th>{% endfor %}</tr></thead><tbody>
 {%- for row in a.share %}{% set mine = loop.index0 %}<tr><th scope="row">{{ a.names[mine] }}</th>
 {%- for v in row %}<td style="{{ tint(v) }}">
@@ -154,7 +154,8 @@ def render(report: dict) -> str:
     key = f"{digest(' '.join(g['id'] for g in report['groups'])):016x}"
     return environment.from_string(PAGE).render(
         css=Markup(CSS + viewer.CSS), script=Markup(viewer.VIEWER), scripts=f"'sha256-{hashed}'", key=key, tint=tint,
-        cell=lambda value: rendered({"": {"": value}}).strip(), charts=charts(report) if "sections" in report else [], **report)
+        cell=lambda value: rendered({"": {"": value}}).strip().replace("  ", ", "),
+        charts=charts(report) if "sections" in report else [], **report)
 
 
 def write_page(report: dict, path) -> None:

@@ -1,7 +1,7 @@
 """What the page of groups does: filters, differences, labels by keys, export. No text of the data is ever read as HTML."""
 
 CSS = """
-.view { display: grid; gap: .6rem; } .view .rows { grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
+.view { display: grid; gap: .6rem; } .view .rows { grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
 .view .row { position: relative; cursor: default; } .view .said { max-height: 60vh; white-space: pre-wrap; }
 .view .row.best { border-color: rgb(var(--cool)); box-shadow: inset 0 3px 0 rgb(var(--cool)); }
 .view .row.base { border-style: dashed; } .view pre { font: inherit; max-height: 12rem; }
@@ -17,6 +17,8 @@ table.heat td { text-align: center; } .mine { color: rgb(var(--cool)); font-weig
 pre, .said, td.text { unicode-bidi: plaintext; text-align: start; } figure h4 { overflow-wrap: anywhere; }
 .view .said:empty::before, .view pre:empty::before { content: "empty"; color: var(--soft); font-style: italic; }
 @media (max-width: 45rem), (max-height: 30rem) { .bar { position: static; } }
+@media (max-width: 45rem) { .bar { display: grid; grid-template-columns: 1fr 1fr; } .bar > span { grid-column: 1 / -1; }
+  .bar select, .bar input:not([type=checkbox]) { width: 100%; } tbody th { white-space: normal; } }
 """
 
 VIEWER = r"""

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -61,8 +61,9 @@ def rejection(group: Group, *, n=8, beta=0.5, score="reward", highest=None, seed
     seed        with the texts decides what is accepted, whatever their order
     Edge        fewer than n responses are an error without `highest`; beta = 0 takes the n best; beta = inf any n. With
                 `highest`, a group of which nothing is accepted is removed
-    Relations   `meta["acceptance"]` is the share of those looked at; its expectation in the first pass is mean
-                exp((r - r_max) / beta). Follow with `first_round`, `tournament` or any rule of pairs
+    Relations   `meta["acceptance"]` is the share of those looked at, `meta["expected_acceptance"]` what a first pass over all is
+                expected to accept, mean exp((r - r_max) / beta); a build tells both. Follow with `first_round`, `tournament` or
+                any rule of pairs
     Departs     responses of equal text are two responses
     Reference   Liu et al., RSO, arXiv:2309.06657, algorithm 1
 
@@ -83,7 +84,25 @@ def rejection(group: Group, *, n=8, beta=0.5, score="reward", highest=None, seed
     if not accepted:
         return []
     found = keep(group, [order[i] for i in accepted])
-    return [replace(found, meta={**found.meta, "acceptance": len(accepted) / looked})]
+    return [replace(found, meta={**found.meta, "acceptance": len(accepted) / looked,
+                                 "expected_acceptance": expected_acceptance(values, beta=beta, highest=highest)})]
+
+
+def count_acceptance(groups: Sequence[Group]) -> dict[str, float]:
+    """Sums over the groups that are left."""
+    return {"groups left": len(groups)} | {key: math.fsum(g.meta[key] for g in groups) for key in
+                                           ("acceptance", "expected_acceptance")}
+
+
+def told_acceptance(counts: Mapping[str, float]) -> list[str]:
+    """What a build says of `rejection`: acceptance falls to nothing where beta is small beside the spread of the scores."""
+    groups = int(counts["groups left"])
+    seen, expected = (counts[key] / max(groups, 1) for key in ("acceptance", "expected_acceptance"))
+    return [f"{seen:.1%} of the responses looked at were accepted, {expected:.1%} are expected of a first pass: means of "
+            f"{groups:,} groups"]
+
+
+rejection.count, rejection.told = count_acceptance, told_acceptance
 
 
 def first_round(group: Group, *, score="reward", seed=0) -> list[Group]:
