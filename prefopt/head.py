@@ -137,7 +137,7 @@ class Projected(torch.autograd.Function):
         hidden, weight, bias, token, log_z, entropy = ctx.saved_tensors
         wants, w, block = ctx.needs_input_grad, weight.to(ctx.kind), None
         d_hidden = torch.empty_like(hidden) if wants[0] else None
-        d_weight = torch.zeros_like(weight, dtype=upcast(weight[:0]).dtype) if wants[1] else None
+        d_weight = None
         d_bias = torch.zeros_like(bias, dtype=upcast(bias[:0]).dtype) if wants[2] else None
         for part in ctx.parts:
             h = hidden[part].to(ctx.kind)
@@ -147,7 +147,8 @@ class Projected(torch.autograd.Function):
             if wants[0]:
                 d_hidden[part] = d @ w
             if wants[1]:
-                d_weight.addmm_(d.T, h) if d_weight.dtype == ctx.kind else d_weight.add_(d.T @ h)
+                d_weight = upcast(d.T @ h) if d_weight is None else \
+                    d_weight.addmm_(d.T, h) if d_weight.dtype == ctx.kind else d_weight.add_(d.T @ h)
             if wants[2]:
                 d_bias += d.sum(0, dtype=d_bias.dtype)
         return (d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype),

@@ -10,22 +10,24 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from data_tools.columns import nearest
-from data_tools.encoding import Encoding
+from data_tools.encoding import EncodedGroup, Encoding
 from data_tools.records import Prompt
 from prefopt.findings import exists
 from prefopt.forward import token_logp
 from prefopt.models import Models, load_policy, load_tokenizer
 from prefopt.parts import checked, find
+from prefopt.rollout.vllm import VLLMServer
 from rewards.base import Row, ScoringError
-from rewards.trained import Reader, single
+from rewards.trained import Reader, encoded, single
 
-__all__ = ["DOMAINS", "DensityRatio", "Domain", "Likelihood", "customised", "density_ratio", "domain_of", "likelihood",
+__all__ = ["DOMAINS", "DensityRatio", "Domain", "Likelihood", "Served", "customised", "density_ratio", "domain_of", "likelihood",
            "per_token", "router", "total"]
 
 DOMAINS = {
@@ -134,9 +136,40 @@ class Likelihood(Reader):
         return out
 
 
+@dataclass(frozen=True)
+class Served:
+    """The same under the model of a vLLM server, however it was started (`vllm serve MODEL`)."""
+    server: VLLMServer
+    encoding: Encoding = Encoding()
+
+    def settings(self) -> dict:
+        return {"served": self.server.root, "encoding": repr(self.encoding)}
+
+    def __call__(self, rows: Sequence[Row]) -> list[list[float] | ScoringError]:
+        known, counts = encoded([single(row) for row in rows], self.server.tokenizer, self.encoding)
+        with ThreadPoolExecutor(self.server.workers) as pool:
+            found = dict(zip(known, pool.map(self.read, known.values()), strict=True))
+        unread = ScoringError(f"the model at {self.server.url} cannot read the response: " + "; ".join(counts.notes))
+        return [found.get(n, unread) for n in range(len(rows))]
+
+    def read(self, group: EncodedGroup) -> list[float] | ScoringError:
+        row, = group.rows
+        prompt = (group.prompt if row.prompt is None else row.prompt).tolist()
+        ids, places = [*prompt, *row.tokens.tolist()], self.server.places
+        if not prompt or len(ids) >= places:
+            return ScoringError(f"prompt and response have {len(ids):,} tokens, and the server at {self.server.url} reads up to "
+                                f"{places - 1:,}: start it with a larger --max-model-len" if prompt else
+                                "the prompt has no token, and nothing predicts the first of the response")
+        values = self.server.scored(ids)[len(prompt) - 1:]
+        return values if row.mask is None else [v for v, inside in zip(values, row.mask, strict=True) if inside]
+
+
 def likelihood(name: str, *, dtype: str = "float32", tokens: int = 16384, device: str | None = None,
-               encoding: Encoding = Encoding()) -> Likelihood:
-    """A causal language model (a model folder, a run folder or a hub id) that tells how likely it finds responses."""
+               encoding: Encoding = Encoding()) -> Likelihood | Served:
+    """A causal language model that tells how likely it finds responses: a model folder, a run folder, a hub id, or the address of
+    a vLLM server, which has its own precision and batches."""
+    if name.startswith(("http://", "https://")):
+        return Served(VLLMServer(name, None, encoding=encoding), encoding)
     exists("model", name)
     folder = Path(name) / "model" if (Path(name) / "model").is_dir() else Path(name)
     model = load_policy(str(folder), dtype=dtype).requires_grad_(False).eval()
@@ -211,7 +244,7 @@ class DensityRatio:
 
 def density_ratio(strong: str, weak: str, *, form: str = "total", domains: dict | None = None, route: str | None = None,
                   seed: int = 0, dtype: str = "float32", tokens: int = 16384, device: str | None = None) -> DensityRatio:
-    """The reward from folders or hub ids.
+    """The reward from folders, hub ids or addresses of vLLM servers.
 
     domains     {name: {"criterion": text, "exemplars": [text, ...]}}
     route       'module:function', text -> domain

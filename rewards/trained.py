@@ -38,6 +38,14 @@ from rewards.implicit import token_rewards
 __all__ = ["Trained", "TrainedComparison", "TrainedReward", "features", "load"]
 
 
+def encoded(groups: Sequence[Group], tokenizer, encoding: Encoding) -> tuple[dict[int, EncodedGroup], Counts]:
+    """Encoded groups by their number; those that cannot be encoded are missing, and the counts say why."""
+    counts = Counts()
+    numbered = [replace(g, meta={**g.meta, PLACE: str(n)}, relevance=None, wins=None,
+                        responses=[as_text(r) for r in g.responses]) for n, g in enumerate(groups)]
+    return {int(e.place): e for e in encode(numbered, tokenizer, encoding, counts=counts)}, counts
+
+
 @dataclass(frozen=True)
 class Reader:
     """A model that reads responses. `tokens` is the budget of a batch, padding included."""
@@ -59,11 +67,7 @@ class Reader:
         return next(self.models.policy.parameters()).device
 
     def encoded(self, groups: Sequence[Group]) -> tuple[dict[int, EncodedGroup], Counts]:
-        """Encoded groups by their number; those that cannot be encoded are missing, and the counts say why."""
-        counts = Counts()
-        numbered = [replace(g, meta={**g.meta, PLACE: str(n)}, relevance=None, wins=None,
-                            responses=[as_text(r) for r in g.responses]) for n, g in enumerate(groups)]
-        return {int(e.place): e for e in encode(numbered, self.models.tokenizer, self.encoding, counts=counts)}, counts
+        return encoded(groups, self.models.tokenizer, self.encoding)
 
     def batches(self, encoded: dict[int, EncodedGroup]) -> Iterator[tuple[list[int], Batch]]:
         """Groups of like length together, so that hardly anything is padding; the longest come first."""

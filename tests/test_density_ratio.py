@@ -1,7 +1,10 @@
 """Density ratio: identities of the card, customised prompts, routing, engines, bad input."""
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 import torch
@@ -126,6 +129,60 @@ def test_one_pass_each(place):
     for model in (strong, weak):
         calls = model.models.policy_model().calls
         assert calls["positions"] == 3 + 5 + 2 + 4 and calls["tokens"] <= 1.05 * (14 + 3 + 3 + 2 + 2 - 4)
+
+
+@contextmanager
+def serving(folder, places=32):
+    """The address of a server that answers as vLLM does where a prompt's log-probabilities are asked for."""
+    from transformers import AutoModelForCausalLM
+    own = AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def say(self, content):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def do_GET(self):
+            self.say({"data": [{"id": "own", "root": str(folder), "max_model_len": places}]})
+
+        def do_POST(self):
+            ids = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"]
+            with torch.no_grad():
+                logp = own(torch.tensor([ids])).logits[0].log_softmax(-1)
+            told = [None, *({str(t): {"logprob": float(logp[k, t])}} for k, t in enumerate(ids[1:]))]
+            self.say({"choices": [{"prompt_logprobs": told}]})
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_served_model_says_what_the_model_says(place, strong, weak):
+    """By address in the place of a folder; what does not fit is marked, and a server that is gone ends the run."""
+    rows = rows_of(GROUPS)
+    with serving(place / "other") as url:
+        found = density_ratio(url, str(place / "model"))
+        assert found(rows) == pytest.approx(DensityRatio(strong, weak)(rows), abs=1e-5)
+        assert found.settings()["strong"]["served"] == str(place / "other")
+        served = found.strong
+        assert [len(x) for x in served(rows)] == [3, 5, 2, 4]
+    with serving(place / "other", places=6) as url:
+        fits, *others = likelihood(url)(rows[:2])
+        assert len(fits) == 3 and [str(e) for e in others] == [
+            f"prompt and response have 7 tokens, and the server at {url} reads up to 5: start it with a larger --max-model-len"]
+    with pytest.raises(RuntimeError, match="failed 1 times"):
+        replace(served, server=gone(served.server))(rows)
+
+
+def gone(server):
+    server.retries = 0
+    return server
 
 
 # ---------------------------------------------------------------------------------------------------- domains and routing

@@ -3,7 +3,10 @@ import doctest
 import json
 import math
 import re
+from collections import Counter
+from functools import partial
 from itertools import combinations, permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,7 +35,8 @@ STUDIES = {"rdpo_noise": rdpo, "lipo_lambda": lipo, "sparsepo_masks": sparse, "g
            "density_ratio": density, "r3_hacking": r3, "themis": themis}
 
 
-@pytest.mark.parametrize("module", [tiny, lipo, sparse, cycles, chains, prm, density, r3, encoder], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [tiny, lipo, sparse, cycles, chains, prm, density, r3, themis, encoder],
+                         ids=lambda m: m.__name__)
 def test_doctests(module):
     found = doctest.testmod(module)
     assert found.attempted and not found.failed
@@ -340,6 +344,69 @@ def test_toy_of_r3(tmp_path, monkeypatch):
     assert main(r3, monkeypatch, "--toy", "--out", tmp_path) == 0
     assert len(json.loads((tmp_path / "results.json").read_text())["claims"]) == 2
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+# -------------------------------------------------------------------------------------------------------------- themis
+def test_no_pair_is_graded_by_a_model_that_trained_on_it(tmp_path, monkeypatch):
+    """Both arms of a fold train on the same problems: the synthetic ones, and four times the real ones of the other folds."""
+    asked = {"weekday": themis.problems(7, 1)[1:2], themis.CALENDAR: themis.problems(8, 3), themis.WRONG: themis.problems(9, 2),
+             themis.HOLD: [], themis.NONE: []}
+    every, real, made, graded = sum(asked.values(), []), asked[themis.CALENDAR] + asked[themis.WRONG], [], []
+    monkeypatch.setattr(themis, "sets", lambda n, real: asked)
+
+    def trained(folder, start, arm, known, seed):
+        made.append((arm, known))
+        return SimpleNamespace(known=known, counts=Counter(ok=1))
+
+    def margins(reward, some):
+        known = (reward.args[0] if isinstance(reward, partial) else reward).known
+        assert not set(some) & set(known) and {known.count(p) for p in real} <= {0, 4} and len(known) - 20 == 4 * len(
+            set(known) & set(real))
+        graded.extend(some)
+        return np.array([every.index(p) for p in some], float)
+
+    monkeypatch.setattr(themis, "trained", trained)
+    monkeypatch.setattr(themis, "margins", margins)
+    found = themis.study(tmp_path, "", {"held_out": 1, "real": None, "folds": 3, "synthetic": 5, "repeats": 4}, 0)
+    assert sorted(graded) == sorted(2 * every) and found["calls"] == {"ok": 6}
+    assert [arm for arm, _ in made] == 3 * ["tools", "no tools"]
+    assert all(made[n][1] == made[n + 1][1] for n in (0, 2, 4))
+    for arm in themis.ARMS:
+        assert found["margins"][arm][themis.ARITHMETIC].tolist() == [every.index(p) for p in asked[themis.WRONG]]
+
+
+def test_claims_of_themis_are_over_pairs():
+    """Tools win 12 pairs of 40 and lose 2, which the interval tells from 0; 5 and 3 it does not."""
+    def of(won, lost):
+        plain = np.r_[-np.ones(won), np.ones(40 - won)]
+        tools = np.r_[np.ones(40 - lost), -np.ones(lost)]
+        return [{"margins": {"tools": dict.fromkeys(("weekday", "arithmetic"), tools),
+                             "no tools": dict.fromkeys(("weekday", "arithmetic"), plain)}}]
+
+    for won, lost, ahead in ((12, 2, True), (5, 3, False)):
+        rows = themis.table(of(won, lost), {"weekday": np.zeros(40), "arithmetic": np.ones(40)})
+        it = rows["weekday"]
+        assert (it["longer"], rows["arithmetic"]["longer"]) == (0.5, 1.0)
+        assert (it["tools"], it["no tools"], it["over seeds"]["won"]) == ([1 - lost / 40], [1 - won / 40], won)
+        held = themis.claims([], rows, toy=False)
+        assert list(held.values()) == [ahead, ahead, lost <= 2, lost <= 2]
+
+
+@pytest.mark.skipif(not themis.DATA.is_dir(), reason="the Themis samples are not here")
+def test_verdicts_of_real_pairs_come_from_the_tools():
+    """The calendar knows every right answer; of most wrong worked answers the calculator says what it says of the right one."""
+    def verdicts(name):
+        return Counter(tuple(r.text.split()[-1] for r in themis.pair(*problem, tools=True).responses) for problem in asked[name])
+
+    asked = themis.sets(1, None)
+    assert verdicts(themis.CALENDAR) == {("right.", "wrong."): 149} and verdicts(themis.HOLD) == {("right.", "right."): 111}
+    assert verdicts(themis.WRONG) == {("right.", "wrong."): 39} and verdicts(themis.NONE) == {("right.", "wrong."): 40}
+
+
+def test_toy_of_themis(tmp_path, monkeypatch):
+    assert main(themis, monkeypatch, "--toy", "--out", tmp_path) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["claims"] == {"both arms grade all pairs": True} and found["sets"]["weekday"]["over seeds"]["pairs"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------- rewards/hh

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from operator import sub
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tiny_models import adapted, tiny
 from torch import nn
 
 from data_tools.collate import collate
+from data_tools.records import Group, Response
 from prefopt.config import make
 from prefopt.forward import token_logp
 from prefopt.models import Trunk
@@ -25,6 +27,8 @@ from prefopt.rollout.serve import command
 from prefopt.rollout.transformers import distribution
 from prefopt.rollout.vllm import VLLMSampler, VLLMServer, asked, plain, stopped, weights
 from prefopt.train import train
+from rewards.base import rows_of
+from rewards.density_ratio import likelihood
 
 real = [pytest.mark.slow, pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (.ci/install_vllm)")]
 WORDS = 450
@@ -281,6 +285,14 @@ class TestServer:
 
     def test_it_samples_as_any_sampler(self, server):
         behaves(server.client(), terse(policy(tied=True), 4), fast("bytes"))
+
+    def test_it_says_how_likely_responses_are(self, server):
+        """As the same weights in transformers."""
+        server.client().sync(policy(tied=True, seed=9), 0)
+        rows = rows_of([Group(q, [Response("a b c"), Response("Yes, and no.")]) for q in QUESTIONS])
+        found = likelihood(server.url)
+        own = likelihood(found.server.root)(rows)
+        assert all(max(map(abs, map(sub, a, b))) < 1e-4 for a, b in zip(found(rows), own, strict=True)) and len(own[0]) > 2
 
     def test_adapters_follow(self, server):
         base = server.client()

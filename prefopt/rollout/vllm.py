@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from data_tools.encoding import Encoding
 from prefopt.layout import padded
-from prefopt.models import Trunk, is_peft
+from prefopt.models import Trunk, is_peft, load_tokenizer
 from prefopt.ops import processes
 from prefopt.rollout.base import Ask, Choice, Engine, Sample, StaleSampler, end_tokens
 from prefopt.rollout.transformers import distribution, evaluation
@@ -121,6 +121,7 @@ class VLLMServer(Engine):
     """A vLLM server, started with `python -m prefopt.rollout.serve MODEL`; see `Engine` for the settings of a call.
 
     url         such as http://127.0.0.1:8000
+    tokenizer   None is that of the model that the server was started with
     folder      where weights are put for the server, which must see it under the same path; None is a folder in /dev/shm
                 or the system's for temporary files, for a server on this machine
     dtype       of the engine
@@ -136,12 +137,13 @@ class VLLMServer(Engine):
 
     def __init__(self, url: str, tokenizer, *, dtype: str = "float32", encoding: Encoding = Encoding(),
                  folder: str | None = None, adapters: bool = False, workers: int = 64, timeout: float = 600, retries: int = 4):
-        self.url, self.tokenizer, self.encoding, self.dtype = url.rstrip("/"), tokenizer, encoding, dtype
+        self.url, self.encoding, self.dtype = url.rstrip("/"), encoding, dtype
         self.adapters, self.workers, self.timeout, self.retries = adapters, workers, timeout, retries
         self.tag, self.loads, self.folder = "", 0, folder or ("/dev/shm" if Path("/dev/shm").is_dir() else None)
         served, = [m for m in self.get("/v1/models")["data"] if not m.get("parent")]
         self.name, self.base, self.places = served["id"], served["id"], served["max_model_len"]
-        self.ends = end_tokens(tokenizer, own_settings(served["root"]), encoding)
+        self.tokenizer = tokenizer or load_tokenizer(served["root"])
+        self.root, self.ends = served["root"], end_tokens(self.tokenizer, own_settings(served["root"]), encoding)
 
     @property
     def version(self) -> int | None:
