@@ -27,7 +27,7 @@ from prefopt.doctor import OPTIONAL
 from prefopt.explain import UNBOUNDED, asks, departures_of, document
 from prefopt.findings import Finding, attempt, error, exists, ok, sentence, warning
 from prefopt.forward import suited
-from prefopt.layout import PRICE, packed, padded, shared
+from prefopt.layout import PRICE, bucketed, packed, padded, shared
 from prefopt.models import head_of
 from prefopt.parts import kind
 from prefopt.rehearsal import Rehearsal, rehearse
@@ -366,7 +366,7 @@ def smaller(run: Run, parts: dict[str, float], whole: int) -> str:
 def packing(batch: Batch, plain: str | None, price: float) -> Finding:
     """How many tokens are computed, of those that padded rows would have."""
     if plain:
-        return ok("packing", f"rows are computed one by one, with padding: {plain}")
+        return ok("packing", f"rows of like length are computed together, and prompts once for each: {plain}")
     share = packed(batch, price).tokens.numel() / padded(batch).rectangle
     return ok("packing", f"rows are packed, and what a group begins with is computed once: {share:.0%} of the tokens that padded "
                          f"rows have, in what was encoded here")
@@ -379,7 +379,8 @@ def largest(batch: Batch, run: Run, common: torch.Tensor | None) -> int:
     micro = list(batch.microbatches(budget(run), run.objective().whole_groups, common, strict))
     once = 0 if common is None else torch.where(batch.slot == 0, 0, common)
     group = int(torch.zeros(batch.groups, dtype=torch.long).index_add(0, batch.index, lengths - once).max())
-    padding = 1 if common is not None else max(m.N * int(m["attend"].sum(1).max()) / int(m["attend"].sum()) for m in micro)
+    padding = 1 if common is not None else max(sum(p.tokens.numel() for p in bucketed(m).parts) / int(m["attend"].sum())
+                                               for m in micro)
     return round(min(group * run.train.groups_per_step, max(group, budget(run))) * padding)
 
 

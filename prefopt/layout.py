@@ -1,6 +1,7 @@
 """How the rows of a batch are laid out for a model, and where each of their tokens went.
 
 Padded      one row each, padding on the right. Works with every model: nothing looks right, so nothing sees the padding
+Bucketed    rows of like length in rectangles of their own, for models whose rows cannot be packed: hardly any padding
 Packed      one long sequence of real tokens only. What all rows of a group begin with is computed once, and every row goes on
             from there at its own positions: P + sum R_k tokens in the place of sum (P + R_k)
 
@@ -22,18 +23,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from data_tools.batch import Batch
 
-__all__ = ["PRICE", "Layout", "Packed", "Padded", "packed", "padded", "shared", "why_padded", "window"]
+__all__ = ["PRICE", "Bucketed", "Layout", "Packed", "Padded", "bucketed", "packed", "padded", "shared", "why_padded", "window"]
 
 NAME = "prefopt_packed"                                       # of the attention that transformers calls
 PRICE = 6.0                                                   # scores that a token costs outside of attention, per unit of width:
                                                               # 12 D^2 weights a layer, and D products for q k and p v each
 SMALL = 2 ** 16                                               # scores that cost about as much as one more call of attention
+FEW = 64                                                      # tokens that cost about as much as one more call of a model
 
 
 class Layout(Protocol):
     """Tokens as a model gets them, and `place(row, column)`: where a token of the batch is in the model's states (S, D).
-    `rectangle` counts the tokens of the padded layout."""
-    tokens: Tensor
+    `offset` (N) is where rows begin in the batch, `rectangle` counts the tokens of the padded layout."""
+    offset: Tensor
     rectangle: int
 
     def place(self, row: Tensor, column: Tensor) -> Tensor: ...
@@ -72,6 +74,34 @@ def aligned(batch: Mapping[str, Tensor]) -> Padded:
     place = torch.arange(width, device=offset.device)
     index = (offset[:, None] + place).clamp(max=attend.shape[1] - 1)
     return Padded(batch["tokens"].gather(1, index), offset, place < length[:, None])
+
+
+@dataclass(frozen=True)
+class Bucketed:
+    """Rectangles of rows of like length, one after the other in the model's states: row n begins at start[n], and is the one at
+    `order[n]` when rectangles are joined."""
+    parts: tuple[Padded, ...]
+    order: Tensor                                             # (N)
+    start: Tensor                                             # (N)
+    offset: Tensor                                            # (N)
+    rectangle: int
+
+    def place(self, row: Tensor, column: Tensor) -> Tensor:
+        return self.start[row] + column - self.offset[row]
+
+
+def bucketed(batch: Mapping[str, Tensor]) -> Bucketed:
+    """The rows of a batch by length, at most a tenth of each rectangle, or FEW tokens, being padding."""
+    rows = aligned(on_host(batch))
+    length = rows.attend.sum(1).clamp(min=1)
+    order, start, parts, at = length.argsort(descending=True, stable=True), torch.zeros_like(length), [], 0
+    for run in rectangles([1] * len(length), length[order].tolist(), waste=0.1, least=FEW):
+        some, width = order[run], int(length[order[run.start]])
+        parts.append(Padded(rows.tokens[some, :width], rows.offset[some], rows.attend[some, :width]))
+        start[some] = at + width * torch.arange(len(some))
+        at += width * len(some)
+    found = Bucketed(tuple(parts) or (rows,), order.argsort(), start, rows.offset, rows.rectangle)
+    return moved(found, batch["tokens"].device)
 
 
 # --------------------------------------------------------------------------------------------------------------- packed
@@ -227,8 +257,8 @@ def filled(start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(real, start[:, None] + place, 0), real
 
 
-def rectangles(heights: Sequence[int], widths: Sequence[int]) -> Iterator[slice]:
-    """Runs of sequences, sorted by size, whose common rectangle wastes at most half as much as it holds, or hardly anything.
+def rectangles(heights: Sequence[int], widths: Sequence[int], *, waste: float = 0.5, least: int = SMALL) -> Iterator[slice]:
+    """Runs of sequences, sorted by size, whose common rectangle is larger by at most `waste` times what it holds, or by `least`.
 
     >>> [r for r in rectangles([900, 890, 10], [900, 890, 10])], [r for r in rectangles([9, 2], [9, 2])]
     ([slice(0, 2, None), slice(2, 3, None)], [slice(0, 2, None)])
@@ -236,8 +266,7 @@ def rectangles(heights: Sequence[int], widths: Sequence[int]) -> Iterator[slice]
     start, area, high, wide = 0, 0, 0, 0
     for n, (h, w) in enumerate(zip(heights, widths, strict=True)):
         taller, wider = max(high, h), max(wide, w)
-        waste = (n + 1 - start) * taller * wider - area - h * w
-        if n > start and waste > max((area + h * w) / 2, SMALL):
+        if n > start and (n + 1 - start) * taller * wider - area - h * w > max(waste * (area + h * w), least):
             yield slice(start, n)
             start, area, taller, wider = n, 0, h, w
         area, high, wide = area + h * w, taller, wider
@@ -245,9 +274,9 @@ def rectangles(heights: Sequence[int], widths: Sequence[int]) -> Iterator[slice]
         yield slice(start, len(heights))
 
 
-def moved(layout: Padded | Packed, device) -> Padded | Packed:
+def moved(layout: Layout, device) -> Layout:
     """The layout on a device; from the CPU to a GPU without waiting for it."""
-    if layout.tokens.device == device:
+    if layout.offset.device == device:
         return layout
 
     def there(one):

@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.columns import nearest
-from prefopt.layout import PRICE, Layout, Packed, on_host, packed, padded, register, why_padded, window
+from prefopt.layout import (
+    PRICE,
+    Bucketed,
+    Layout,
+    Packed,
+    Padded,
+    bucketed,
+    on_host,
+    packed,
+    padded,
+    register,
+    why_padded,
+    window,
+)
 
 
 @dataclass(frozen=True)
@@ -95,19 +108,26 @@ class Trunk:
 
     def __call__(self, layout: Layout) -> Tensor:
         """States (S, D) after the final norm, at `layout.place(row, column)`."""
-        return self.run(layout).last_hidden_state.flatten(0, 1)
+        return joined(self.run(part).last_hidden_state.flatten(0, 1) for part in self.counted(layout))
 
     def layers(self, layout: Layout) -> tuple[Tensor, ...]:
         """Hidden states of layers 1..L, each (S, D), the last after the final norm; the embedding output is left out."""
-        output = self.run(layout, output_hidden_states=True)
-        return tuple(x.flatten(0, 1) for x in (*output.hidden_states[1:-1], output.last_hidden_state))
+        found = [self.run(part, output_hidden_states=True) for part in self.counted(layout)]
+        return tuple(joined(x.flatten(0, 1) for x in states)
+                     for states in zip(*((*one.hidden_states[1:-1], one.last_hidden_state) for one in found), strict=True))
 
-    def run(self, layout: Layout, **others):
-        """The body's own output."""
-        self.calls["tokens"] += layout.tokens.numel()
+    def counted(self, layout: Layout) -> Sequence[Packed | Padded]:
+        """What the model runs on, one after the other."""
+        parts = layout.parts if isinstance(layout, Bucketed) else (layout,)
+        tokens = sum(part.tokens.numel() for part in parts)
+        self.calls["tokens"] += tokens
         self.calls["forwards"] += 1
         self.calls["rectangle"] += layout.rectangle
-        self.calls["trained"] += layout.tokens.numel() * torch.is_grad_enabled()
+        self.calls["trained"] += tokens * torch.is_grad_enabled()
+        return parts
+
+    def run(self, layout: Packed | Padded, **others):
+        """The body's own output."""
         if isinstance(layout, Packed):
             ready = layout.tokens.new_ones(1, 1, 1, 1, dtype=torch.bool)                  # keeps the model from making a mask
             return self.body(input_ids=layout.tokens, position_ids=layout.position, attention_mask=ready, layout=layout,
@@ -123,15 +143,15 @@ class Trunk:
         if self.causal:
             states = self(layout)
             return self.head(states[last]), states
-        self.calls["tokens"] += layout.tokens.numel()
-        self.calls["forwards"] += 1
-        whole = self.model(input_ids=layout.tokens, output_hidden_states=True, attention_mask=layout.attend.long())
-        return whole.logits, whole.hidden_states[-1].flatten(0, 1)
+        found = [self.model(input_ids=part.tokens, output_hidden_states=True, attention_mask=part.attend.long())
+                 for part in self.counted(layout)]
+        return (joined(one.logits for one in found)[layout.order],
+                joined(one.hidden_states[-1].flatten(0, 1) for one in found))
 
     def layout(self, batch: Mapping[str, Tensor]) -> Layout:
-        """How this model gets the rows of a batch: packed, with what groups begin with computed once where that pays, or one
-        by one where the model allows no more."""
-        return packed(batch, self.price, self.flex) if self.packs(batch) else padded(batch)
+        """How this model gets the rows of a batch: packed, with what groups begin with computed once where that pays, or those
+        of like length together where the model allows no more."""
+        return packed(batch, self.price, self.flex) if self.packs(batch) else bucketed(batch)
 
     def packs(self, batch: Mapping[str, Tensor]) -> bool:
         if not self.checked:
@@ -222,6 +242,12 @@ class Trunk:
             warnings.warn(f"FlexAttention is left out, and packed rows go through sdpa, which is slower: {problem}", stacklevel=2)
         self.model.train(training)
         self.calls.update(calls)
+
+
+def joined(parts: Iterable[Tensor]) -> Tensor:
+    """One after the other; a single one is not copied."""
+    first, *others = parts
+    return torch.cat([first, *others]) if others else first
 
 
 def relative(x: Tensor, y: Tensor) -> float:

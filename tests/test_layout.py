@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import EXACT, Float64, adapted, batch, gradients, same, tiny
+from tiny_models import EXACT, Float64, adapted, batch, gradients, same, spread, tiny
 
 from data_tools.batch import Batch
 from prefopt.forward import fill, forward
-from prefopt.layout import Packed, Padded, packed, padded, rectangles, shared
+from prefopt.layout import Bucketed, Packed, bucketed, packed, padded, rectangles, shared
 from prefopt.models import Head, Models, Trunk, frozen_copy
 
 GROUPS = [(0, 7, 4), (0, 7, 2), (0, 7, 6), (1, 5, 1), (1, 5, 3), (2, 3, 9), (3, 2, 1), (3, 4, 2)]
@@ -221,18 +221,18 @@ def test_wrong_layouts_show(wrong):
 
 # ------------------------------------------------------------------------------------------------- models that are padded
 def test_models_that_cannot_be_packed():
-    """Each says why, gets rows one by one, and gives the right numbers."""
+    """Each says why, and gets rows by their length."""
     b = batch(GROUPS, seed=1)
     cases = [(tiny("gemma2"), "its attention is eager"), (tiny("llama", attention_dropout=0.1), "dropout is on")]
     for model, why in cases:
         trunk = Models(model).policy_model()
-        assert isinstance(trunk.layout(b), Padded) and trunk.plain.startswith(why)
+        assert isinstance(trunk.layout(b), Bucketed) and trunk.plain.startswith(why)
 
 
 def test_windows_pack_up_to_their_length():
     trunk = Trunk(tiny("mistral", sliding_window=12))
     assert isinstance(trunk.layout(batch([(0, 4, 8), (0, 4, 2)])), Packed)
-    assert isinstance(trunk.layout(batch([(0, 4, 9), (0, 4, 2)])), Padded)
+    assert isinstance(trunk.layout(batch([(0, 4, 9), (0, 4, 2)])), Bucketed)
     assert Trunk(tiny("llama")).window is None and Trunk(tiny("gemma3")).window == 4
 
 
@@ -251,5 +251,57 @@ def test_a_model_whose_packed_rows_differ_falls_back_loudly():
     trunk, b = Trunk(model), batch(GROUPS, seed=1)
     with pytest.warns(UserWarning, match="packed rows of LlamaForCausalLM give other states.*slower"):
         layout = trunk.layout(b)
-    assert isinstance(layout, Padded) and isinstance(trunk.layout(b), Padded)
-    torch.testing.assert_close(trunk(layout), Trunk(tiny())(padded(b)), **EXACT)
+    assert isinstance(layout, Bucketed) and isinstance(trunk.layout(b), Bucketed)
+    row, column = b["attend"].nonzero(as_tuple=True)
+    plain = padded(b)
+    torch.testing.assert_close(trunk(layout)[layout.place(row, column)], Trunk(tiny())(plain)[plain.place(row, column)], **EXACT)
+
+
+RAGGED = [(0, 20, 110), (0, 20, 12), (1, 4, 3), (1, 4, 120), (2, 30, 95), (2, 30, 1)]
+
+
+def test_rows_of_like_length_share_a_rectangle():
+    """Of 130, 32, 7, 124, 125 and 31 tokens: three long rows and three short ones, 486 tokens in the place of 780."""
+    b = batch(RAGGED, seed=1, padding="left")
+    found = bucketed(b)
+    assert [tuple(part.tokens.shape) for part in found.parts] == [(3, 130), (3, 32)] and found.rectangle == 6 * 130
+    assert found.order.tolist() == [0, 3, 5, 2, 1, 4]
+    row, column = b["attend"].nonzero(as_tuple=True)
+    tokens = torch.cat([part.tokens.flatten() for part in found.parts])
+    assert tokens[found.place(row, column)].equal(b["tokens"][row, column])
+    assert [len(part.tokens) for part in bucketed(batch([(0, 3, 5), (1, 2, 60)])).parts] == [2]           # too few to matter
+
+
+def test_ragged_rows_of_models_that_are_not_packed():
+    """States of all tokens, outputs of an encoder, and gradients, against one rectangle of all rows; and what it saves."""
+    b = batch(RAGGED, seed=1, padding="left")
+    row, column = b["attend"].nonzero(as_tuple=True)
+
+    def found(trunk, layout, grade):
+        trunk.model.zero_grad()
+        outputs, states = trunk.grade(layout, None) if grade else (None, trunk(layout))
+        states = states[layout.place(row, column)]
+        (states.square().sum() + (outputs.square().sum() if grade else 0)).backward()
+        return {"states": states, **({"outputs": outputs} if grade else {}),
+                **{n: p.grad.clone() for n, p in trunk.model.named_parameters() if p.grad is not None}}
+
+    for model, grade in ((tiny("gemma2"), False), (encoder(), True)):
+        trunk = Trunk(model)
+        assert not trunk.packs(b)
+        trunk.calls.update(tokens=0, rectangle=0)
+        one, two = found(trunk, trunk.layout(b), grade), found(trunk, one_rectangle(b), grade)
+        assert trunk.calls["tokens"] == 486 + 780 and trunk.calls["rectangle"] == 2 * 780
+        for name, value in two.items():
+            torch.testing.assert_close(one[name], value, **EXACT)
+
+
+def encoder():
+    from transformers import BertConfig, BertForSequenceClassification
+    return spread(BertForSequenceClassification(BertConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, max_position_embeddings=160)).double())
+
+
+def one_rectangle(b):
+    whole = padded(b)
+    return Bucketed((whole,), torch.arange(b.N), torch.arange(b.N) * whole.tokens.shape[1], whole.offset, whole.rectangle)
