@@ -678,3 +678,13 @@ def test_the_tour():
              "push")
     order = [said.index(f" {name} ") for name in names]
     assert code_ == 0 and order == sorted(order)
+
+
+@pytest.mark.slow
+def test_a_large_build_tells_its_cost(tmp_path, monkeypatch, capsys):
+    from cookbook.build_dataset import large
+    monkeypatch.setattr("sys.argv", ["large", "--groups", "60", "--out", str(tmp_path)])
+    large.main()
+    said = capsys.readouterr().out
+    assert said.startswith("60 groups, ") and "CPU s" in said and (tmp_path / "built" / "index.html").exists()
+    assert int(said.split("; ")[-1].split()[0]) == sum(len(p.read_text().splitlines()) for p in tmp_path.glob("built/groups/*"))
