@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import re
 import tempfile
+from collections import Counter
 from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
@@ -18,16 +19,22 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
 
 from cookbook import tiny
+from cookbook.rewards.hh.encoder import paired
 from data_tools import load
 from data_tools.records import Group, Response
 from rewards import tool_augmented
-from rewards.base import Row, rows_of
+from rewards.base import Reward, Row, rows_of
 from rewards.tool_augmented import MARKS, answered, prepare, question, trace
 from rewards.tools import Tools, calculator, calendar
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "themis"
 PIECE = r" ?[A-Za-z]+|\d{1,2}|#+|<<|>>| ?[^\sA-Za-z\d]|\s"
 SAME, ASKED = "Same as the answer", "Is it right?"
+ARMS = "tools", "no tools"
+CALENDAR, ARITHMETIC = "real calendar", "real arithmetic"
+WRONG, HOLD, NONE = PARTS = [f"{ARITHMETIC}, {part}" for part in ("wrong equation", "equations hold", "no equation")]
+BOTH = f"{ARITHMETIC}, some equation"
+LEVEL = 0.975                                                 # of intervals: two sets to be ahead on, calendar and arithmetic
 TOOLS = Tools([calculator.TOOL, *calendar.TOOLS])
 
 
@@ -42,6 +49,7 @@ def off(number: int, rng: random.Random) -> int:
 
 
 def difference(rng: random.Random) -> tuple:
+    """Right answer, wrong answer, call, input, as all problems."""
     one, other = some_day(rng), some_day(rng)
     right = abs((one - other).days)
     told = (f"The difference between {one} and {other} is {n}" for n in (right, off(right, rng)))
@@ -90,30 +98,61 @@ def written(equations: list[tuple]) -> str:
 KINDS = {"difference": difference, "weekday": weekday, "target": target, "arithmetic": arithmetic}
 
 
-def pair(rng: random.Random, kind: str, tools: bool) -> Group:
-    """A right and a wrong answer, with traces whose observations come from the real tool, or without traces."""
-    right, wrong, action, given = KINDS[kind](rng)
+def pair(right: str, wrong: str, action: str, given: str, tools: bool) -> Group:
+    """A right and a wrong answer, with traces or without. Observations come from the real tool, and the verdict says what they
+    show, which is not the label: an answer whose equations hold is called right.
+
+    >>> for response in pair("<<2+2=4>>", "<<2*2=4>>", "calculator", SAME, tools=True).responses:
+    ...     print(response.text.splitlines()[-1])
+    <start_work> Work: The answer is right.
+    <start_work> Work: The answer is right.
+    """
     responses = []
-    for answer, verdict in ((right, "right"), (wrong, "wrong")):
-        seen = TOOLS.call(action, answer if given == SAME else given).text
-        compared = "" if kind == "arithmetic" else f"{seen} is {answer.split()[-1]}. "
+    for answer in (right, wrong):
+        seen, said = TOOLS.call(action, answer if given == SAME else given).text, answer.split()[-1:]
+        holds = seen == "The calculation process is correct." if action == "calculator" else [seen] == said
+        compared = "" if action == "calculator" else f"{seen} is {said[0]}. "
         told = trace({"Thought": "I need to check it.", "Action": action, "Action Input": given, "Observation": seen},
-                     f"{compared}The answer is {verdict}.")
+                     f"{compared}The answer is {'right' if holds else 'wrong'}.")
         responses.append(answered(answer, told if tools else ()))
     return Group(question(ASKED), responses, [1.0, 0.0])
 
 
-def problems(seed: int, n: int, tools: bool) -> list[Group]:
-    """n pairs of each kind in random order; the same pairs with and without traces."""
+def problems(seed: int, n: int) -> list[tuple]:
+    """n problems of each kind."""
     rng = random.Random(seed)
-    made = [pair(rng, kind, tools) for _ in range(n) for kind in KINDS]
-    return random.Random(seed).sample(made, len(made))
+    return [KINDS[kind](rng) for _ in range(n) for kind in KINDS]
+
+
+def sets(n: int, real: int | None) -> dict[str, list[tuple]]:
+    """Held-out problems of each kind and, where they are, those of the corpus, or the first of them."""
+    rng = random.Random(99)
+    out = {kind: [KINDS[kind](rng) for _ in range(n)] for kind in KINDS}
+    if DATA.is_dir():
+        found = [spelt(group) for group in load(DATA / "calendar.jsonl.gz")]
+        out[CALENDAR] = [problem for problem in found if problem[0] != problem[1]]
+        out |= {part: [] for part in PARTS}
+        for problem in map(bare, load(DATA / "calculator.jsonl.gz")):
+            incorrect = "incorrect" in TOOLS.call("calculator", problem[1]).text
+            out[WRONG if incorrect else HOLD if problem[1] else NONE].append(problem)
+    return {name: problems[:real] if name.startswith("real") else problems for name, problems in out.items()}
+
+
+def spelt(group: Group) -> tuple:
+    """Wednesday as others spell it: in the samples only wrong answers say Wendesday."""
+    actions = group.responses[0].meta["actions"]
+    return *(r.text.replace("Wendesday", "Wednesday") for r in group.responses), actions["Action"], actions["Action Input"]
+
+
+def bare(group: Group) -> tuple:
+    """The equations of worked answers, without the prose, which a model of these few words cannot read."""
+    return *(written(calculator.steps("".join(re.findall("<<.*?>>", r.text)))) for r in group.responses), "calculator", SAME
 
 
 # ------------------------------------------------------------------------------------------------------------ backbone
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words of the problems, pairs of digits, and signs; any other word is unknown."""
-    texts = [text for g in problems(0, 300, True) for r in g.responses for text in (g.prompt, r.text)]
+    texts = [text for p in problems(0, 300) for g in [pair(*p, True)] for r in g.responses for text in (g.prompt, r.text)]
     pieces = {piece for text in texts for piece in re.findall(PIECE, re.sub("|".join(MARKS), "", text))}
     pieces |= {str(n) for n in range(10)} | {f"{n:02d}" for n in range(100)} | set("./()%$")
     vocabulary = {piece: n for n, piece in enumerate(["<pad>", "<unk>", "<eos>", *sorted(pieces)])}
@@ -170,53 +209,21 @@ def backbone(folder: Path, steps: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
-def right(reward, groups: list[Group]) -> np.ndarray:
-    """1 where the better answer gets more, 1/2 for a tie."""
-    scores = np.array(reward(rows_of(groups))).reshape(-1, 2)
-    return (1 + np.sign(scores[:, 0] - scores[:, 1])) / 2
+def trained(folder: Path, start: str, arm: str, known: list[tuple], seed: int) -> tool_augmented.ToolAugmented:
+    """A reward trained on those problems once, with traces or without."""
+    folder.mkdir()
+    data = tiny.write(folder / "train.jsonl", [pair(*problem, arm == "tools") for problem in known])
+    tiny.run(folder / "run", Path(start), "tool_augmented", {"beta": 0.0, "omega": 2.0},
+             {"train": data, "encoding": {"add_eos": True}},
+             {"lr": 4e-3, "groups_per_step": 16, "steps": len(known) // 16, "seed": seed, "modules": {"lr": 1e-2}})
+    return tool_augmented.load(str(folder / "run"), tools=lambda row: TOOLS, max_new_tokens=48)
 
 
-def sets(n: int) -> dict[str, list[Group]]:
-    """Held-out problems of each kind and, where they are, the samples of the corpus."""
-    rng = random.Random(99)
-    out = {kind: [graded(*KINDS[kind](rng)[:2]) for _ in range(n)] for kind in KINDS}
-    if DATA.is_dir():
-        out["real calendar"] = [spelt(group) for group in load(DATA / "calendar.jsonl.gz")]
-        out["real arithmetic"] = [g for g in map(bare, load(DATA / "calculator.jsonl.gz")) if all(r.text for r in g.responses)]
-        out["real arithmetic, wrong equation"] = [g for g in out["real arithmetic"] if "incorrect" in TOOLS.call(
-            "calculator", g.responses[1].text).text]
-    return out
-
-
-def graded(right: str, wrong: str) -> Group:
-    return Group(ASKED, [Response(right), Response(wrong)], [1.0, 0.0])
-
-
-def spelt(group: Group) -> Group:
-    """Wednesday as others spell it: in the samples only wrong answers say Wendesday."""
-    return graded(*(r.text.replace("Wendesday", "Wednesday") for r in group.responses))
-
-
-def bare(group: Group) -> Group:
-    """The equations of worked answers, without the prose, which a model of these few words cannot read."""
-    return graded(*(written(calculator.steps("".join(re.findall("<<.*?>>", r.text)))) for r in group.responses))
-
-
-def study(folder: Path, start: str, steps: int, held_out: int, seed: int) -> dict:
-    """Share of pairs in the right order, for each set, with tools and without; what became of the calls; a trace."""
-    asked, out = sets(held_out), {}
-    for arm in ("tools", "no tools"):
-        run = folder / f"run-{arm}-{seed}"
-        data = tiny.write(folder / f"{arm}-{seed}.jsonl", problems(1 + seed, 4 * steps, arm == "tools"))
-        tiny.run(run, Path(start), "tool_augmented", {"beta": 0.0, "omega": 2.0}, {"train": data, "encoding": {"add_eos": True}},
-                 {"lr": 4e-3, "groups_per_step": 16, "steps": steps, "seed": seed, "modules": {"lr": 1e-2}})
-        reward = tool_augmented.load(str(run), tools=lambda row: TOOLS, max_new_tokens=48)
-        out[arm] = {name: float(right(reward if arm == "tools" else partial(without, reward), groups).mean())
-                    for name, groups in asked.items()}
-        if arm == "tools":
-            out["calls"] = dict(reward.counts)
-            out["trace"] = asked["weekday"][0].responses[1].meta["trace"]
-    return out
+def margins(reward: Reward, asked: list[tuple]) -> np.ndarray:
+    """What the right answer gets above the wrong one."""
+    groups = [Group(ASKED, [Response(right), Response(wrong)], [1.0, 0.0]) for right, wrong, *_ in asked]
+    right, wrong = np.array(reward(rows_of(groups))).reshape(-1, 2).T
+    return right - wrong
 
 
 def without(reward: tool_augmented.ToolAugmented, rows: list[Row]) -> list[float]:
@@ -224,40 +231,74 @@ def without(reward: tool_augmented.ToolAugmented, rows: list[Row]) -> list[float
     return reward.reader([tool_augmented.draft(row, ()) for row in rows])
 
 
-def claims(found: list[dict], toy: bool) -> dict[str, bool]:
-    def of(arm: str, name: str) -> list[float]:
-        return [one[arm][name] for one in found]
+def study(folder: Path, start: str, settings: dict, seed: int) -> dict:
+    """Margins of all problems with tools and without, each from a model that trained on the real ones of the other folds, and
+    what became of the calls."""
+    asked, folds = sets(settings["held_out"], settings["real"]), settings["folds"]
+    out, calls = {arm: {name: np.full(len(some), np.nan) for name, some in asked.items()} for arm in ARMS}, Counter()
+    for fold in range(folds):
+        known = problems(1 + seed, settings["synthetic"]) + settings["repeats"] * [
+            p for name, some in asked.items() if name.startswith("real") for n, p in enumerate(some) if n % folds != fold]
+        random.Random(seed).shuffle(known)
+        for arm in ARMS:
+            reward = trained(folder / f"{arm}-{seed}-{fold}", start, arm, known, seed)
+            for name, some in asked.items():
+                out[arm][name][fold::folds] = margins(reward if arm == "tools" else partial(without, reward), some[fold::folds])
+            calls += reward.counts
+    return {"margins": {arm: joined(found) for arm, found in out.items()}, "calls": dict(calls)}
 
-    def ahead(name: str) -> bool:
-        mean, half = tiny.interval([a - b for a, b in zip(of("tools", name), of("no tools", name), strict=True)])
-        return mean - half > 0
 
+def joined(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With the parts of real arithmetic together too, where they are."""
+    if WRONG not in found:
+        return found
+    return found | {BOTH: np.concatenate([found[part] for part in PARTS[:2]]),
+                    ARITHMETIC: np.concatenate([found[part] for part in PARTS])}
+
+
+def table(found: list[dict], longer: dict[str, np.ndarray]) -> dict[str, dict]:
+    """Of each set the share of pairs in the right order, by the longer answer (1/2 for a tie), by each arm and seed, and by the
+    mean margin over seeds with tools against without."""
+    out = {}
+    for name, length in longer.items():
+        tools, plain = (np.stack([one["margins"][arm][name] for one in found]) for arm in ARMS)
+        out[name] = {"longer": float((1 + np.sign(length)).mean() / 2), "tools": (tools > 0).mean(1).tolist(),
+                     "no tools": (plain > 0).mean(1).tolist(), "over seeds": paired(tools.mean(0), plain.mean(0), level=LEVEL)}
+    return out
+
+
+def claims(seeds: list[dict], found: dict[str, dict], toy: bool) -> dict[str, bool]:
+    """What holds. All real arithmetic is measured and makes no claim: the arms are level there."""
     if toy:
-        return {"both arms grade all pairs": all(0 <= x <= 1 for one in found for arm in ("tools", "no tools")
-                                                 for x in one[arm].values())}
-    out = {f"{name}: tools on beats tools off, 95 % interval of the difference over seeds": ahead(name)
-           for name in ("weekday", "arithmetic", "real calendar", "real arithmetic, wrong equation") if name in found[0]["tools"]}
-    return out | {f"{name}: at least 95 % of held-out synthetic pairs with tools": np.mean(of("tools", name)) >= 0.95
+        return {"both arms grade all pairs": all(np.isfinite(some).all() for one in seeds for arm in ARMS
+                                                 for some in one["margins"][arm].values())}
+    out = {f"{name}: tools on beats tools off, {LEVEL:.1%} interval over pairs": found[name]["over seeds"]["interval"][0] > 0
+           for name in ("weekday", "arithmetic", CALENDAR, WRONG) if name in found}
+    return out | {f"{name}: at least 95 % of held-out synthetic pairs with tools": np.mean(found[name]["tools"]) >= 0.95
                   for name in ("weekday", "arithmetic")}
 
 
 def main() -> int:
     options = tiny.options("themis", __doc__)
-    settings = {"seeds": 1, "backbone": 40, "steps": 10, "held_out": 2} if options.toy else \
-        {"seeds": 3, "backbone": 1100, "steps": 250, "held_out": 50}
+    settings = \
+        {"seeds": 1, "backbone": 40, "synthetic": 10, "repeats": 1, "folds": 2, "held_out": 2, "real": 2} if options.toy else \
+        {"seeds": 3, "backbone": 1100, "synthetic": 700, "repeats": 4, "folds": 5, "held_out": 50, "real": None}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         start = backbone(Path(folder), settings["backbone"])
-        found = tiny.over_seeds(partial(study, Path(folder), start, settings["steps"], settings["held_out"]), settings["seeds"])
-    asked = sets(settings["held_out"])
-    pairs = {name: len(groups) for name, groups in asked.items()}
-    longer = {name: float(right(lambda rows: [len(row.text) for row in rows], groups).mean()) for name, groups in asked.items()}
-    for name, n in pairs.items():
-        print(f"{name:>32} {n:4} pairs, the longer answer {longer[name]:.3f}",
-              *(f"  {arm} {tiny.shown([one[arm][name] for one in found], 3)}" for arm in ("tools", "no tools")))
+        found = tiny.over_seeds(partial(study, Path(folder), start, settings), settings["seeds"])
+    asked = sets(settings["held_out"], settings["real"])
+    lengths = {name: np.array([len(right) - len(wrong) for right, wrong, *_ in some]) for name, some in asked.items()}
+    rows = table(found, joined(lengths))
+    for name, it in rows.items():
+        over = it["over seeds"]
+        print(f"{name:>31} {over['pairs']:4} pairs, the longer answer {it['longer']:.3f}",
+              *(f"  {arm} {tiny.shown(it[arm], 3)}" for arm in ARMS),
+              f"  over seeds {over['share']:.3f} against {over['floor']:.3f}, gain {over['gain']:+.3f} "
+              f"[{over['interval'][0]:+.3f}, {over['interval'][1]:+.3f}], {over['won']} won, {over['lost']} lost")
     print("calls", [one["calls"] for one in found])
-    results = {"settings": settings, "pairs": pairs, "longer": longer, "seeds": found}
-    return tiny.conclude(options.out, results, claims(found, options.toy))
+    return tiny.conclude(options.out, {"settings": settings, "sets": rows, "calls": [one["calls"] for one in found]},
+                         claims(found, rows, options.toy))
 
 
 if __name__ == "__main__":
