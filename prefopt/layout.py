@@ -30,6 +30,7 @@ PRICE = 6.0                                                   # scores that a to
                                                               # 12 D^2 weights a layer, and D products for q k and p v each
 SMALL = 2 ** 16                                               # scores that cost about as much as one more call of attention
 FEW = 64                                                      # tokens that cost about as much as one more call of a model
+STRIPE = 64                                                   # queries of one call of attention, at least
 
 
 class Layout(Protocol):
@@ -319,9 +320,23 @@ def one_block(query: Tensor, key: Tensor, value: Tensor, block: Block, scaling: 
     if shares and q.is_cuda and block.mask is not None:       # no fast kernel takes both a mask and fewer heads of keys
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         shares = False
-    seen = scaled_dot_product_attention(q, k, v, attn_mask=block.mask, is_causal=block.mask is None, scale=scaling,
-                                        enable_gqa=shares)
+    if block.mask is None:
+        seen = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=shares)
+    else:                                                     # long ones by stripes, none of which looks at what comes after it
+        first, step = k.shape[2] - q.shape[2], max(STRIPE, -(-q.shape[2] // 4))
+        seen = torch.cat([scaled_dot_product_attention(part, k[:, :, :first + end], v[:, :, :first + end], scale=scaling,
+                                                       attn_mask=block.mask[:, :, end - part.shape[2]:end, :first + end],
+                                                       enable_gqa=shares)
+                          for part, end in zip(q.split(step, 2), ends(q.shape[2], step), strict=True)], 2)
     return seen.transpose(1, 2).flatten(0, 1).index_select(0, block.real)
+
+
+def ends(count: int, step: int) -> list[int]:
+    """
+    >>> ends(10, 4)
+    [4, 8, 10]
+    """
+    return [min(start + step, count) for start in range(0, count, step)]
 
 
 def register(config) -> None:

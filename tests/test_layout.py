@@ -260,6 +260,31 @@ def test_a_model_whose_packed_rows_differ_falls_back_loudly():
 RAGGED = [(0, 20, 110), (0, 20, 12), (1, 4, 3), (1, 4, 120), (2, 30, 95), (2, 30, 1)]
 
 
+def test_long_continuations_are_read_in_stripes(monkeypatch):
+    """Stripes of 64 queries and the rest behind prompts of 30 and 4 see what one call for all sees; fewer scores are computed."""
+    import prefopt.layout as module
+    b, scores, call = batch([(0, 30, 200), (0, 30, 120), (1, 4, 190), (1, 4, 3)], seed=1), [], module.scaled_dot_product_attention
+
+    def counted(q, k, v, **settings):
+        scores.append(q.shape[0] * q.shape[2] * k.shape[2])
+        return call(q, k, v, **settings)
+
+    def found():
+        trunk, layout = Trunk(tiny()), packed(b)
+        assert trunk.packs(b)
+        scores.clear()
+        states = trunk(layout)
+        states.square().sum().backward()
+        return {"states": states, **{n: p.grad for n, p in trunk.model.named_parameters() if p.grad is not None}}, sum(scores)
+
+    monkeypatch.setattr(module, "scaled_dot_product_attention", counted)
+    one, few = found()
+    monkeypatch.setattr(module, "STRIPE", 10 ** 6)
+    two, many = found()
+    same(one, two)
+    assert few < 0.8 * many
+
+
 def test_rows_of_like_length_share_a_rectangle():
     """Of 130, 32, 7, 124, 125 and 31 tokens: three long rows and three short ones, 486 tokens in the place of 780."""
     b = batch(RAGGED, seed=1, padding="left")

@@ -180,9 +180,9 @@ JOBS = {
     "dpo_cached": Job(CACHED, Sizes(groups=4), {"step": (3.3, None)}),
     "reward": Job(REWARD, Sizes(groups=4), {"step": (1.5, 0.6)}),
     "grpo": Job(GRPO, Sizes(rows=8, prompt=256, response=64), {"step": (2.2, None), "update": (4.5, None)}),
-    "lists": Job(LISTS, Sizes(rows=8, prompt=512, response=64), {"step": (3.4, None)}),
+    "lists": Job(LISTS, Sizes(rows=8, prompt=512, response=64, steps=5), {"step": (3.4, None)}),
     "deep": Job(DPO, Sizes("deep", 4_000, groups=4), {"step": (1.5, None)}),
-    "never_slower": Job(SHORT, Sizes(rows=8, prompt=64, response=256), {"update": (1.05, None)}),
+    "never_slower": Job(SHORT, Sizes(rows=8, prompt=64, response=256, steps=5), {"update": (1.05, None)}),
     "prepare": Job(PREPARE, Sizes(groups=20_000, steps=1), {"prepare": (3.0, None)}),
     "prepare_chat": Job(CHATS, Sizes(groups=20_000, steps=1), {"prepare": (1.0, None)}),
 }
