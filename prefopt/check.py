@@ -379,8 +379,8 @@ def largest(batch: Batch, run: Run, common: torch.Tensor | None) -> int:
     micro = list(batch.microbatches(budget(run), run.objective().whole_groups, common, strict))
     once = 0 if common is None else torch.where(batch.slot == 0, 0, common)
     group = int(torch.zeros(batch.groups, dtype=torch.long).index_add(0, batch.index, lengths - once).max())
-    padding = 1 if common is not None else max(sum(p.tokens.numel() for p in bucketed(m).parts) / int(m["attend"].sum())
-                                               for m in micro)
+    parts = lambda m: (padded(m),) if run.train.shard else bucketed(m).parts
+    padding = 1 if common is not None else max(sum(p.tokens.numel() for p in parts(m)) / int(m["attend"].sum()) for m in micro)
     return round(min(group * run.train.groups_per_step, max(group, budget(run))) * padding)
 
 

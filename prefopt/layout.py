@@ -50,6 +50,8 @@ class Padded:
     offset: Tensor
     attend: Tensor
 
+    order = slice(None)                                       # of rows, as in Bucketed
+
     @property
     def rectangle(self) -> int:
         return self.tokens.numel()

@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from data_tools.columns import nearest
 from prefopt.layout import (
@@ -121,7 +123,7 @@ class Trunk:
         parts = layout.parts if isinstance(layout, Bucketed) else (layout,)
         tokens = sum(part.tokens.numel() for part in parts)
         self.calls["tokens"] += tokens
-        self.calls["forwards"] += 1
+        self.calls["forwards"] += len(parts)
         self.calls["rectangle"] += layout.rectangle
         self.calls["trained"] += tokens * torch.is_grad_enabled()
         return parts
@@ -150,8 +152,13 @@ class Trunk:
 
     def layout(self, batch: Mapping[str, Tensor]) -> Layout:
         """How this model gets the rows of a batch: packed, with what groups begin with computed once where that pays, or those
-        of like length together where the model allows no more."""
-        return packed(batch, self.price, self.flex) if self.packs(batch) else bucketed(batch)
+        of like length together where the model allows no more. Processes that share a model must call it equally often."""
+        return packed(batch, self.price, self.flex) if self.packs(batch) else padded(batch) if self.divided else bucketed(batch)
+
+    @cached_property
+    def divided(self) -> bool:
+        """Whether layers are divided over processes."""
+        return any(isinstance(p, DTensor) for p in self.model.parameters())
 
     def packs(self, batch: Mapping[str, Tensor]) -> bool:
         if not self.checked:

@@ -113,6 +113,17 @@ def trained(name: str, models: Models, *, split: bool = False) -> tuple[float, d
     return value, {n: p.grad.clone() for n, p in both.named_parameters() if p.grad is not None}, pieces
 
 
+def filled(name: str) -> tuple[Models, object, set[str], Batch]:
+    """A recipe's models, its objective, what that reads, and a step's batch before the passes with a gradient."""
+    models, objective = policies(name), recipes.find(name)()
+    for module in objective.modules():
+        module.setup(layers=models.policy_model().layer_count, width=models.policy_model().width)
+        module.double()
+    reads = objective.reads()
+    whole, other = preferences(reads) if objective.whole_groups else (sampled(reads), None)
+    return models, objective, reads, objective.annotate(fill(models, whole, reads, other=other))
+
+
 @pytest.mark.parametrize("name", recipes.__all__)
 def test_microbatches_do_not_matter(name):
     models = policies(name)
@@ -159,13 +170,7 @@ def test_adapters_off_equal_a_separate_reference(name):
 @pytest.mark.parametrize("name", [name for name in recipes.__all__ if name != "ordinal"])                # which checks its grades
 def test_no_micro_batch_waits_for_the_device(name):
     """On a device without numbers nothing can be read back: making micro-batches, forward, loss and backward ask it nothing."""
-    models, objective = policies(name), recipes.find(name)()
-    for module in objective.modules():
-        module.setup(layers=models.policy_model().layer_count, width=models.policy_model().width)
-        module.double()
-    reads = objective.reads()
-    whole, other = preferences(reads) if objective.whole_groups else (sampled(reads), None)
-    whole = objective.annotate(fill(models, whole, reads, other=other))
+    models, objective, reads, whole = filled(name)
     forward(models, whole, reads)                             # the checks of the first batch are done
     for module in filter(None, (models.policy, models.reference, models.critic, *objective.modules())):
         module.to("meta")
@@ -182,13 +187,7 @@ def test_no_micro_batch_waits_for_the_device(name):
 @pytest.mark.parametrize("name", recipes.__all__)
 def test_a_micro_batch_goes_when_it_is_done(name):
     """With its graph, and not when garbage is collected some time: what holds itself keeps memory for many micro-batches."""
-    models, objective = policies(name), recipes.find(name)()
-    for module in objective.modules():
-        module.setup(layers=models.policy_model().layer_count, width=models.policy_model().width)
-        module.double()
-    reads = objective.reads()
-    whole, other = preferences(reads) if objective.whole_groups else (sampled(reads), None)
-    whole = objective.annotate(fill(models, whole, reads, other=other))
+    models, objective, reads, whole = filled(name)
     gc.disable()
     try:
         micro = forward(models, whole, reads)

@@ -320,6 +320,20 @@ def test_ragged_rows_of_models_that_are_not_packed():
             torch.testing.assert_close(one[name], value, **EXACT)
 
 
+def test_divided_models_run_once_for_all_rows():
+    """Where the layers of a model are divided, every call is one of all processes, which have rows of other lengths."""
+    b = batch(RAGGED, seed=1)
+    trunk = Trunk(encoder())
+    assert not trunk.packs(b) and not trunk.divided
+    trunk.calls["forwards"] = 0
+    outputs, _ = trunk.grade(trunk.layout(b), None)
+    assert trunk.calls["forwards"] == 2
+    trunk.divided = True
+    alone, _ = trunk.grade(trunk.layout(b), None)
+    assert trunk.calls["forwards"] == 3
+    torch.testing.assert_close(outputs, alone, **EXACT)
+
+
 def encoder():
     from transformers import BertConfig, BertForSequenceClassification
     return spread(BertForSequenceClassification(BertConfig(

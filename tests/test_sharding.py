@@ -118,6 +118,7 @@ def work(rank: int, home: Path) -> dict:
     for case in CASES:
         trained(home, case, f"two-{case}", **SHARD)
     models, optimizer = held["two-ppo"]
+    assert models.policy_model().divided
     counts = {name: count(getattr(models, name).parameters()) for name in ("policy", "reference", "critic")}
     counts["optimiser"] = count(v for s in optimizer.state.values() for v in s.values() if v.ndim)
     interrupted(home, "ppo")
