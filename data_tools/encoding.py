@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -134,38 +134,49 @@ class Spelling:
         line, joined = tokenizer(["\n", "\na"], add_special_tokens=False)["input_ids"]
         return cls(tokenizer, tuple(whole[:start]), joined[len(line):] != bare)
 
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of texts, no special tokens added."""
         if not texts:
             return []
         if not self.tokenizer.is_fast:
-            return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+            return [arrayed(one) for one in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
         fast = self.tokenizer.backend_tokenizer.encode_batch_fast
-        return [found.ids for part in _chunks(texts) for found in fast(part, add_special_tokens=False)]
 
-    def starts(self, texts: Sequence[str]) -> dict[str, list[int]]:
+        def found() -> list[np.ndarray]:
+            return [arrayed(one.ids) for part in _chunks(texts) for one in fast(part, add_special_tokens=False)]
+        with ThreadPoolExecutor(1) as beside:                 # a fresh heap: the first one, in pieces since the imports, is slower
+            return beside.submit(found).result()
+
+    def starts(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         return dict(zip(texts, self.ids(texts), strict=True))
 
-    def follows(self, texts: Sequence[str]) -> dict[str, list[int]]:
+    def follows(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Ids of texts that continue another text: the space that SentencePiece puts in front is kept out by encoding
         them behind a character that does not join with them."""
-        found: dict[str, list[int]] = {}
+        found: dict[str, np.ndarray] = {}
         for anchor in ("\n", ".", "a") if self.spaced else ():
             left = [text for text in texts if text not in found]
             before, *ids = self.ids([anchor, *(anchor + text for text in left)])
             found.update((text, i[len(before):]) for text, i in zip(left, ids, strict=True)
-                         if i[:len(before)] == before)
+                         if begins(i, before))
         return self.starts([text for text in texts if text not in found]) | found
 
-    def begun(self, ids: list[int]) -> list[int]:
+    def begun(self, ids: np.ndarray) -> np.ndarray:
         """ids behind one BOS, if this tokenizer begins texts with one."""
-        bos = list(self.bos)
-        return ids if ids[:len(bos)] == bos else bos + ids
+        return ids if begins(ids, self.bos) else np.concatenate([arrayed(self.bos), ids])
 
-    def head(self, ids: list[int]) -> int:
+    def head(self, ids: np.ndarray) -> int:
         """How many ids at the beginning are BOS, which truncation keeps."""
-        bos = list(self.bos) or [self.tokenizer.bos_token_id]
-        return len(bos) if ids[:len(bos)] == bos else 0
+        bos = self.bos or (self.tokenizer.bos_token_id,)
+        return len(bos) if begins(ids, bos) else 0
+
+
+def arrayed(ids: Sequence[int]) -> np.ndarray:
+    return np.fromiter(ids, np.int32, len(ids))
+
+
+def begins(ids: np.ndarray, others: Sequence[int]) -> bool:
+    return ids[:len(others)].tolist() == list(others)
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -402,8 +413,8 @@ class _Finish:
     spelling: Spelling
     encoding: Encoding
     eos: int | None
-    starts: Mapping[str, list[int]]
-    follows: Mapping[str, list[int]]
+    starts: Mapping[str, np.ndarray]
+    follows: Mapping[str, np.ndarray]
     given: Mapping[str, str]
 
     def __call__(self, draft: Draft) -> tuple[EncodedGroup, list[str]]:
@@ -429,17 +440,17 @@ class _Finish:
                 raise Dropped(found)
             cuts.append(f"prompts cut to max_prompt={limit}, {policy}")
             head = min(self.spelling.head(ids), limit)
-            ids = ids[:limit] if policy == "keep_start" else ids[:head] + ids[len(ids) - limit + head:]
-        return np.fromiter(ids, np.int32, len(ids))
+            ids = ids[:limit] if policy == "keep_start" else np.concatenate([ids[:head], ids[len(ids) - limit + head:]])
+        return ids
 
     def spelt(self, response: Response, pieces, ends: bool):
         """Tokens, mask and columns of a response given as text."""
         if response.logp is not None or "mask" in response.meta:
             raise DataError("no tokens", "logp and meta['mask'] hold one value per token and need Response.tokens")
         ids = [self.follows[text] for text, _ in pieces]
-        flat = ids[0] if len(ids) == 1 else list(chain.from_iterable(ids))
-        if ends and self.eos is not None and flat[-1:] != [self.eos]:
-            flat = [*flat, self.eos]
+        flat = ids[0] if len(ids) == 1 else np.concatenate([arrayed(()), *ids])
+        if ends and self.eos is not None and not begins(flat[-1:], [self.eos]):
+            flat = np.append(flat, np.int32(self.eos))
         mask = None if all(trains for _, trains in pieces) else \
             np.repeat([trains for _, trains in pieces], [len(i) for i in ids])
         columns, marks = self.columns(response, len(flat)), segments(response)
@@ -452,7 +463,7 @@ class _Finish:
             else:
                 columns["step_label"] = np.full(len(flat), np.nan, np.float32)
                 columns["step_label"][np.cumsum(sizes) - 1] = values
-        return np.fromiter(flat, np.int32, len(flat)), mask, columns
+        return flat, mask, columns
 
     def taken(self, response: Response):
         """Tokens, mask and columns of a response given as tokens."""

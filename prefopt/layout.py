@@ -31,6 +31,7 @@ PRICE = 6.0                                                   # scores that a to
 SMALL = 2 ** 16                                               # scores that cost about as much as one more call of attention
 FEW = 64                                                      # tokens that cost about as much as one more call of a model
 STRIPE = 64                                                   # queries of one call of attention, at least
+LONG = 768                                                    # tokens from which on a CPU's causal kernel skips what it may by itself
 
 
 class Layout(Protocol):
@@ -322,12 +323,14 @@ def one_block(query: Tensor, key: Tensor, value: Tensor, block: Block, scaling: 
     if shares and q.is_cuda and block.mask is not None:       # no fast kernel takes both a mask and fewer heads of keys
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         shares = False
-    if block.mask is None:
+    if block.mask is None and (q.is_cuda or q.shape[2] > LONG):
         seen = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=shares)
-    else:                                                     # long ones by stripes, none of which looks at what comes after it
+    else:                                                     # by stripes, none of which looks at what comes after it
         first, step = k.shape[2] - q.shape[2], max(STRIPE, -(-q.shape[2] // 4))
+        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()[None, None] \
+            if block.mask is None else block.mask
         seen = torch.cat([scaled_dot_product_attention(part, k[:, :, :first + end], v[:, :, :first + end], scale=scaling,
-                                                       attn_mask=block.mask[:, :, end - part.shape[2]:end, :first + end],
+                                                       attn_mask=mask[:, :, end - part.shape[2]:end, :first + end],
                                                        enable_gqa=shares)
                           for part, end in zip(q.split(step, 2), ends(q.shape[2], step), strict=True)], 2)
     return seen.transpose(1, 2).flatten(0, 1).index_select(0, block.real)

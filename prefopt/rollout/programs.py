@@ -340,4 +340,4 @@ class Following:
         if row.stopped == "eos":
             before, _, after = tail.partition(decoded(self.tokenizer, row.tokens[-1:]))
             tail = tail if before.strip() else after
-        return Spelling.of(self.tokenizer).follows([tail])[tail]
+        return Spelling.of(self.tokenizer).follows([tail])[tail].tolist()
