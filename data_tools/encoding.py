@@ -144,7 +144,7 @@ class Spelling:
 
         def found() -> list[np.ndarray]:
             return [arrayed(one.ids) for part in _chunks(texts) for one in fast(part, add_special_tokens=False)]
-        with ThreadPoolExecutor(1) as beside:                 # a fresh heap: the first one, in pieces since the imports, is slower
+        with ThreadPoolExecutor(1) as beside:                 # its heap is fresh, and not in pieces since the imports
             return beside.submit(found).result()
 
     def starts(self, texts: Sequence[str]) -> dict[str, np.ndarray]:

@@ -31,7 +31,7 @@ PRICE = 6.0                                                   # scores that a to
 SMALL = 2 ** 16                                               # scores that cost about as much as one more call of attention
 FEW = 64                                                      # tokens that cost about as much as one more call of a model
 STRIPE = 64                                                   # queries of one call of attention, at least
-LONG = 768                                                    # tokens from which on a CPU's causal kernel skips what it may by itself
+LONG = 768                                                    # tokens of which a CPU's causal kernel skips what nobody sees
 
 
 class Layout(Protocol):
