@@ -50,9 +50,27 @@ class Positions:
         return cls(*(x.to(device, non_blocking=True) for x in found))
 
 
+def first_read(batch: Mapping[str, Tensor], reads: Iterable[str]) -> Tensor:
+    """(N) the first token of each row whose state the columns are made from; the length of a row without any."""
+    batch, reads = on_host(batch), set(reads)
+    attend, mask = batch["attend"].int(), batch["mask"].bool()
+    length = attend.sum(1)
+    answer = torch.where(mask.any(1), mask.int().argmax(1) - attend.argmax(1), length + 1)
+    found = [length]
+    if reads - {"outputs", "last_state", "prompt_state", "token_reward"}:
+        found.append(answer - 1)
+    if "token_reward" in reads:
+        found.append(answer)
+    if reads & {"outputs", "last_state"}:
+        found.append(length - 1)
+    if "prompt_state" in reads:
+        found.append(batch["prompt_length"] - 1)
+    return torch.stack(found).amin(0).clamp(min=0)
+
+
 def states(trunk: Trunk, batch: Mapping[str, Tensor], at: Positions, *, layers: bool = False) -> Tensor:
     """Hidden states that predict the tokens `at`: (M, D), or (M, L, D) of layers 1..L."""
-    layout = trunk.layout(batch)
+    layout = trunk.layout(batch, first_read(batch, ["logp"]))
     place = layout.place(at.row, at.column - 1)
     if layers:
         return torch.stack([h[place] for h in trunk.layers(layout)], 1)
@@ -88,7 +106,7 @@ def forward(models: Models, batch: Batch, reads: Iterable[str], *, chunk: int | 
     if not names and not reads & {*GRADED, "last_state", "prompt_state"}:
         return batch.with_columns(**out)
     trunk = models.policy_model()
-    layout = trunk.layout(batch)
+    layout = trunk.layout(batch, first_read(batch, reads - {"value", "states_ref"}))
     row = torch.arange(batch.N, device=at.row.device)
     first, length = batch["attend"].int().argmax(1), batch["attend"].bool().sum(1)
     last = layout.place(row, first + length.clamp(min=1) - 1)

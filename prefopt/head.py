@@ -111,39 +111,40 @@ class Projected(torch.autograd.Function):
 
     d log p_t / d z_v = [v = t] - p_v;   d H / d z_v = -p_v (log p_v + H)
 
-    Chunks of logits share one block of memory. Where it holds all of them it is kept for backward, else they are computed
-    again. The gradient of the head is summed in float32 or better.
+    Chunks of logits share one block of memory. Where it holds all of them it is kept for backward, as exp(z - max z) if nothing
+    else is needed of it, else they are computed again. The gradient of the head is summed in float32 or better.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, token, trunk, wants_entropy, parts, differentiable):
         device = hidden.device.type
         low = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        ctx.trunk, ctx.parts, ctx.wants_entropy = trunk, parts, wants_entropy
+        ctx.trunk, ctx.parts, ctx.wants_entropy, ctx.spent = trunk, parts, wants_entropy, not (wants_entropy or trunk.cap)
         ctx.kind = torch.get_autocast_dtype(device) if low else hidden.dtype
         w, block, made = weight.to(ctx.kind), None, []
         with torch.autocast(device, enabled=False) if low else nullcontext():
             for part in parts:
                 block = logits(trunk, hidden[part].to(ctx.kind), w, bias, block)
-                made.append(summed_up(block, token[part], wants_entropy, keep=differentiable and len(parts) == 1))
-        log_p, log_z, entropy = (torch.cat(x) for x in zip(*made, strict=True))
+                made.append(summed_up(block, token[part], wants_entropy, ctx.spent))
+        log_p, log_z, share, entropy = (torch.cat(x) for x in zip(*made, strict=True))
         ctx.kept = block if differentiable and len(parts) == 1 else None
-        ctx.save_for_backward(hidden, weight, bias, token, log_z, entropy)
+        ctx.save_for_backward(hidden, weight, bias, token, log_z, share, entropy)
         return log_p, entropy if wants_entropy else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_logp, g_entropy):
-        hidden, weight, bias, token, log_z, entropy = ctx.saved_tensors
+        hidden, weight, bias, token, log_z, share, entropy = ctx.saved_tensors
         wants, w, block = ctx.needs_input_grad, weight.to(ctx.kind), None
         d_hidden = torch.empty_like(hidden) if wants[0] else None
         d_weight = None
         d_bias = torch.zeros_like(bias, dtype=upcast(bias[:0]).dtype) if wants[2] else None
         for part in ctx.parts:
             h = hidden[part].to(ctx.kind)
-            block, ctx.kept = (logits(ctx.trunk, h, w, bias, block), None) if ctx.kept is None else (ctx.kept, None)
-            d = d_product(ctx.trunk, block, token[part], log_z[part], g_logp[part],
-                          *(g_entropy[part], entropy[part]) if ctx.wants_entropy else (None, None)).to(ctx.kind)
+            block, ctx.kept, spent = (logits(ctx.trunk, h, w, bias, block), None, False) if ctx.kept is None else \
+                (ctx.kept, None, ctx.spent)
+            d = d_product(ctx.trunk, block, token[part], (share if spent else log_z)[part], g_logp[part],
+                          *(g_entropy[part], entropy[part]) if ctx.wants_entropy else (None, None), spent=spent).to(ctx.kind)
             if wants[0]:
                 d_hidden[part] = d @ w
             if wants[1]:
@@ -172,37 +173,40 @@ def logits(trunk: Trunk, hidden: Tensor, weight: Tensor, bias: Tensor | None, bl
 ROWS = 16                                                     # of logits that are worked on at once: they fit into a cache
 
 
-def summed_up(z: Tensor, token: Tensor, wants_entropy: bool, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """log p_t, log Z and H (zeros where it is not wanted) of logits, each (m). Without `keep` the logits are spent."""
+def summed_up(z: Tensor, token: Tensor, wants_entropy: bool, spent: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log p_t, log Z, 1 / sum exp(z - max z) and H (zeros where it is not wanted) of logits, each (m). Where they may be
+    `spent`, they are exp(z - max z) from now on."""
     found = []
     for rows, t in zip(z.split(ROWS), token.split(ROWS), strict=True) if z.is_cpu else [(z, token)]:
         largest, chosen = rows.amax(-1, keepdim=True), rows.gather(-1, t[:, None]).squeeze(-1)
-        e = torch.sub(rows, largest).exp_() if keep or wants_entropy else rows.sub_(largest).exp_()
+        e = rows.sub_(largest).exp_() if spent else torch.sub(rows, largest).exp_()
         total = e.sum(-1)
         log_z = total.log() + largest.squeeze(-1)
-        found.append((chosen - log_z, log_z,
+        found.append((chosen - log_z, log_z, 1 / total,
                       log_z - torch.linalg.vecdot(e, rows) / total if wants_entropy else torch.zeros_like(total)))
     return tuple(torch.cat(x) for x in zip(*found, strict=True))
 
 
-def d_product(trunk: Trunk, z: Tensor, token: Tensor, log_z: Tensor, g_logp: Tensor, g_entropy: Tensor | None,
-              entropy: Tensor | None) -> Tensor:
-    """Gradient of the product W h + b, in the memory of the logits z."""
-    def rows(z, token, log_z, g_logp, g_entropy=None, entropy=None):
+def d_product(trunk: Trunk, z: Tensor, token: Tensor, norm: Tensor, g_logp: Tensor, g_entropy: Tensor | None,
+              entropy: Tensor | None, *, spent: bool) -> Tensor:
+    """Gradient of the product W h + b, in the memory of the logits z with their log Z as `norm`, or what is left of them when
+    they are `spent`, with 1 / sum exp(z - max z)."""
+    def rows(z, token, norm, g_logp, g_entropy=None, entropy=None):
         slope = trunk.scale / trunk.temperature
         if trunk.cap:
             slope = slope * (1 - (z * (trunk.temperature / trunk.cap)).square_())
-        z.sub_(log_z[:, None])
-        if g_entropy is None:
-            z.exp_().mul_(-g_logp[:, None])
+        if spent:
+            z.mul_((-g_logp * norm)[:, None])
+        elif g_entropy is None:
+            z.sub_(norm[:, None]).exp_().mul_(-g_logp[:, None])
         else:
-            p = z.exp()
+            p = z.sub_(norm[:, None]).exp()
             z.add_(entropy[:, None]).mul_(-g_entropy[:, None]).sub_(g_logp[:, None]).mul_(p)
         z.scatter_add_(1, token[:, None], g_logp[:, None])
         if trunk.cap or slope != 1:
             z.mul_(slope)
 
-    columns = [x for x in (z, token, log_z, g_logp, g_entropy, entropy) if x is not None]
+    columns = [x for x in (z, token, norm, g_logp, g_entropy, entropy) if x is not None]
     for some in zip(*(x.split(ROWS) for x in columns), strict=True) if z.is_cpu else [columns]:
         rows(*some)
     return z

@@ -29,6 +29,7 @@ NAME = "prefopt_packed"                                       # of the attention
 PRICE = 6.0                                                   # scores that a token costs outside of attention, per unit of width:
                                                               # 12 D^2 weights a layer, and D products for q k and p v each
 SMALL = 2 ** 16                                               # scores that cost about as much as one more call of attention
+MOST = 0.75                                                   # of the tokens are read where the last layer leaves out others
 FEW = 64                                                      # tokens that cost about as much as one more call of a model
 STRIPE = 64                                                   # queries of one call of attention, at least
 LONG = 768                                                    # tokens of which a CPU's causal kernel skips what nobody sees
@@ -113,12 +114,25 @@ def bucketed(batch: Mapping[str, Tensor]) -> Bucketed:
 class Block:
     """One call of attention: queries (n L) and keys (n C), as places in the packed sequence; rows shorter than L or C repeat
     place 0. `real` picks queries that are no padding, in the order of the sequence. Without `mask` (n or 1, 1, L, C) queries
-    are keys, and attention is causal."""
+    are keys, and attention is causal; with it, query i of a row sees none of the keys from before + i + 1 on."""
     queries: Tensor
     keys: Tensor
     real: Tensor
     rows: int
     mask: Tensor | None
+    before: int
+
+    @property
+    def places(self) -> Tensor:
+        """Of the queries that are no padding."""
+        return self.queries[self.real]
+
+
+@dataclass(frozen=True)
+class Last:
+    """Attention of the last layer for the tokens `read` (M), after which nothing looks at the others."""
+    blocks: tuple[Block, ...]
+    read: Tensor
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,12 @@ class Packed:
     branch: Tensor                                            # (S) number of its continuation, 0 in a beginning
     rectangle: int
     flex: bool
+    last: Last | None = None                                  # where few enough tokens are read for it to pay
+    read: Tensor | None = None                                # what `blocks` compute, None for all
+
+    def ended(self) -> Packed:
+        """For the last layer. FlexAttention takes the whole sequence there too."""
+        return self if self.flex else replace(self, blocks=self.last.blocks, read=self.last.read)
 
     @cached_property
     def seen(self):
@@ -184,8 +204,11 @@ def summed(x: Tensor, group: Tensor, groups: int) -> Tensor:
     return x.new_zeros(groups).index_add(0, group, x)
 
 
-def packed(batch: Mapping[str, Tensor], price: float = 0.0, flex: bool = False) -> Packed:
-    """The batch as one sequence of real tokens. The layout is made on the CPU and moved to where the batch is."""
+def packed(batch: Mapping[str, Tensor], price: float = 0.0, flex: bool = False, first: Tensor | None = None) -> Packed:
+    """The batch as one sequence of real tokens. The layout is made on the CPU and moved to where the batch is.
+
+    Of each row the states of tokens from `first` (N) on are read, or all of them.
+    """
     device, batch = batch["tokens"].device, on_host(batch)
     batch = {name: batch[name].cpu() for name in ("tokens", "attend", "group")}
     rows, common = aligned(batch), shared(batch, price)
@@ -201,7 +224,9 @@ def packed(batch: Mapping[str, Tensor], price: float = 0.0, flex: bool = False) 
     branches.sort(key=lambda one: (-one[1], -one[2]))
     head, tail, at = torch.zeros_like(length), torch.zeros_like(length), 0
     served = {int(group[n]): n for n in leads.values()}
-    pieces, blocks, begins, family, branch = [], [], {}, [], []
+    pieces, blocks, ends, begins, family, branch = [], [], [], {}, [], []
+    first = torch.zeros_like(length) if first is None else first
+    least = first.scatter_reduce(0, group, first, "amin", include_self=False)[group]      # of the rows of a group
     for run in rectangles([L for _, L in roots], [L for _, L in roots]):
         chosen = roots[run]
         starts = []
@@ -212,7 +237,10 @@ def packed(batch: Mapping[str, Tensor], price: float = 0.0, flex: bool = False) 
             family.append(begins[n])
             branch.append(0)
             at += L
-        blocks.append(causal(torch.tensor(starts), torch.tensor([L for _, L in chosen])))
+        start, own = torch.tensor(starts), torch.tensor([L for _, L in chosen])
+        blocks.append(causal(start, own))
+        ends.append((start, torch.zeros_like(own), start, own,
+                     torch.stack([(least if common[n] else first)[n] for n, _ in chosen])))
     for n, (g, P) in enumerate(zip(group.tolist(), common.tolist(), strict=True)):
         head[n] = tail[n] = begins[served[g] if P else n] if length[n] else 0
     for run in rectangles([R for _, _, R in branches], [P + R for _, P, R in branches]):
@@ -226,32 +254,42 @@ def packed(batch: Mapping[str, Tensor], price: float = 0.0, flex: bool = False) 
             branch.append(n + 1)
             at += R
         P, R = (torch.tensor([one[i] for one in chosen]) for i in (1, 2))
-        blocks.append(continuing(head[[n for n, _, _ in chosen]], P, torch.tensor(starts), R))
+        rows_of = [n for n, _, _ in chosen]
+        ends.append((head[rows_of], P, torch.tensor(starts), R, (first[rows_of] - P).clamp(min=0)))
+        blocks.append(continuing(*ends[-1][:-1], torch.zeros_like(R)))
     where = torch.cat([torch.arange(L) + P + n * rows.tokens.shape[1] for n, P, L in pieces] or [torch.zeros(0).long()])
     position = torch.cat([torch.arange(P, P + L) for _, P, L in pieces] or [torch.zeros(0).long()])
     family, branch = (torch.tensor(x).long().repeat_interleave(torch.tensor([L for _, _, L in pieces]).long())
                       for x in (family, branch))
     found = Packed(rows.tokens.flatten()[where][None], position[None], tuple(blocks) if not flex else (), rows.offset, common,
-                   head, tail, family, branch, rows.rectangle, flex)
+                   head, tail, family, branch, rows.rectangle, flex, last(ends, flex))
     return moved(found, device)
+
+
+def last(sequences: Sequence[tuple[Tensor, ...]], flex: bool) -> Last | None:
+    """Of sequences (head, before, start, length, first), those tokens that are read."""
+    blocks = [continuing(*(x[one[3] > one[4]] for x in one)) for one in sequences if bool((one[3] > one[4]).any())]
+    read, tokens = sum(len(b.real) for b in blocks), sum(int(one[3].sum()) for one in sequences)
+    if not 0 < read <= MOST * tokens:
+        return None
+    return Last(() if flex else tuple(blocks), torch.cat([b.places for b in blocks]))
 
 
 def causal(start: Tensor, length: Tensor) -> Block:
     """Whole sequences, each of which sees itself."""
     places, real = filled(start, length)
-    return Block(places.flatten(), places.flatten(), real.flatten().nonzero().squeeze(1), len(start), None)
+    return Block(places.flatten(), places.flatten(), real.flatten().nonzero().squeeze(1), len(start), None, 0)
 
 
-def continuing(head: Tensor, before: Tensor, start: Tensor, length: Tensor) -> Block:
-    """Sequences that see the `before` tokens from `head` on, and themselves."""
-    queries, real = filled(start, length)
-    first, seen = filled(head, before)
-    mask = seen[:, None].expand(-1, queries.shape[1], -1)
-    if bool(seen.all()):
-        mask = mask[:1]
-    own = torch.ones(queries.shape[1], queries.shape[1], dtype=torch.bool).tril().expand(len(mask), -1, -1)
-    return Block(queries.flatten(), torch.cat([first, queries], 1).flatten(), real.flatten().nonzero().squeeze(1), len(start),
-                 torch.cat([mask, own], 2)[:, None])
+def continuing(head: Tensor, before: Tensor, start: Tensor, length: Tensor, first: Tensor) -> Block:
+    """Sequences, their tokens from `first` on, that see the `before` tokens from `head` on, and themselves."""
+    queries, real = filled(start + first, length - first)
+    (others, seen), (own, _) = filled(head, before), filled(start, length)
+    alike = slice(1 if bool(seen.all()) and len(first.unique()) == 1 else None)
+    causal = torch.arange(own.shape[1]) <= first[alike, None, None] + torch.arange(queries.shape[1])[:, None]
+    mask = torch.cat([seen[alike, None].expand(-1, queries.shape[1], -1), causal], 2)[:, None]
+    return Block(queries.flatten(), torch.cat([others, own], 1).flatten(), real.flatten().nonzero().squeeze(1), len(start), mask,
+                 others.shape[1] + int(first.max()))
 
 
 def filled(start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,8 +342,10 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
         found = flexible(query.is_cuda)(query, key, value, block_mask=layout.seen, scale=scaling, enable_gqa=grouped)
         return found.transpose(1, 2), None
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    found = [one_block(query, key, value, block, scaling) for block in layout.blocks]
-    return torch.cat(found)[None], None
+    found = torch.cat([one_block(query, key, value, block, scaling) for block in layout.blocks])
+    if layout.read is not None:
+        found = found.new_zeros(query.shape).index_copy(0, layout.read, found)
+    return found[None], None
 
 
 @cache
@@ -326,7 +366,7 @@ def one_block(query: Tensor, key: Tensor, value: Tensor, block: Block, scaling: 
     if block.mask is None and (q.is_cuda or q.shape[2] > LONG):
         seen = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=shares)
     else:                                                     # by stripes, none of which looks at what comes after it
-        first, step = k.shape[2] - q.shape[2], max(STRIPE, -(-q.shape[2] // 4))
+        first, step = block.before, max(STRIPE, -(-q.shape[2] // 4))
         mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()[None, None] \
             if block.mask is None else block.mask
         seen = torch.cat([scaled_dot_product_attention(part, k[:, :, :first + end], v[:, :, :first + end], scale=scaling,

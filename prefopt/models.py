@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from data_tools.columns import nearest
+from prefopt.last_layer import LastLayer
 from prefopt.layout import (
     PRICE,
     Bucketed,
@@ -106,7 +107,7 @@ class Trunk:
         self.plain = None if self.packing else "train.packing is off"
         self.plain = self.plain or why_padded(self.body, config)
         self.window, self.price = window(config), PRICE * self.width
-        self.config, self.checked, self.flex = config, False, False
+        self.config, self.checked, self.flex, self.ends = config, False, False, False
 
     def __call__(self, layout: Layout) -> Tensor:
         """States (S, D) after the final norm, at `layout.place(row, column)`."""
@@ -150,10 +151,16 @@ class Trunk:
         return (joined(one.logits for one in found)[layout.order],
                 joined(one.hidden_states[-1].flatten(0, 1) for one in found))
 
-    def layout(self, batch: Mapping[str, Tensor]) -> Layout:
+    def layout(self, batch: Mapping[str, Tensor], first: Tensor | None = None) -> Layout:
         """How this model gets the rows of a batch: packed, with what groups begin with computed once where that pays, or those
-        of like length together where the model allows no more. Processes that share a model must call it equally often."""
-        return packed(batch, self.price, self.flex) if self.packs(batch) else padded(batch) if self.divided else bucketed(batch)
+        of like length together where the model allows no more. Processes that share a model must call it equally often.
+
+        `first` (N, on the CPU where the batch is a Batch) is the first token of each row whose state is read: the states of
+        others may be anything.
+        """
+        if self.packs(batch):
+            return packed(batch, self.price, self.flex, first if self.ends else None)
+        return padded(batch) if self.divided else bucketed(batch)
 
     @cached_property
     def divided(self) -> bool:
@@ -247,8 +254,23 @@ class Trunk:
             warnings.warn(f"{self.plain}: every row is computed by itself, which is slower", stacklevel=2)
         if problem and not self.plain:
             warnings.warn(f"FlexAttention is left out, and packed rows go through sdpa, which is slower: {problem}", stacklevel=2)
+        if not self.plain:
+            self.check_ends(one, plain, expected)
         self.model.train(training)
         self.calls.update(calls)
+
+
+    def check_ends(self, one: Mapping[str, Tensor], plain: Padded, expected: Tensor) -> None:
+        """On the same slice, the last token of each row has the same state when the last layer leaves out the others."""
+        LastLayer.of(self.body)
+        row, length = torch.arange(len(plain.tokens), device=plain.tokens.device), one["attend"].sum(1)
+        layout = packed(one, flex=self.flex, first=length.cpu() - 1)
+        found = self(layout)[layout.place(row, length - 1)]
+        gap = relative(found, expected[length.cumsum(0) - 1])
+        self.ends = gap < (1e-4 if found.dtype in (torch.float32, torch.float64) else 3e-2)
+        if not self.ends:
+            warnings.warn(f"the last layer of {self.name} gives other states for some tokens alone (relative gap {gap:.1e}): it "
+                          f"computes all of them, which is slower", stacklevel=2)
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:

@@ -180,12 +180,14 @@ def test_a_model_that_rotates_elsewhere_is_refused(monkeypatch):
 def test_hooks_and_the_wrapped_function_are_gone_afterwards():
     model, b = tiny("qwen2"), batch(ROWS)
     home = sys.modules[type(model.model.layers[0].self_attn).__module__]
-    own = home.apply_rotary_pos_emb
-    activation_mask(Trunk(model), b)
-    with pytest.raises(RuntimeError, match="stop"), taps(Trunk(model), lambda kind, x: None):
+    own, trunk = home.apply_rotary_pos_emb, Trunk(model)
+    trunk.check(b["tokens"])                                  # puts those of prefopt.last_layer there
+    hooks = lambda: [[*m._forward_hooks.values(), *m._forward_pre_hooks.values()] for m in model.modules()]
+    before = hooks()
+    activation_mask(trunk, b)
+    with pytest.raises(RuntimeError, match="stop"), taps(trunk, lambda kind, x: None):
         raise RuntimeError("stop")
-    assert home.apply_rotary_pos_emb is own
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert home.apply_rotary_pos_emb is own and hooks() == before and sum(map(len, before)) == 7
 
 
 def test_adapters_are_off_for_the_mask_of_the_reference():

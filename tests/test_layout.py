@@ -1,6 +1,7 @@
 """Packed rows with shared beginnings against padded rows: the same states and the same gradients, from fewer tokens."""
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -344,3 +345,118 @@ def encoder():
 def one_rectangle(b):
     whole = padded(b)
     return Bucketed((whole,), torch.arange(b.N), torch.arange(b.N) * whole.tokens.shape[1], whole.offset, whole.rectangle)
+
+
+# ------------------------------------------------------------------------------------------------------- the last layer
+def counted(model) -> dict[str, list[int]]:
+    """How many rows each linear map of the first and the last layer gets, filled at every call from now on."""
+    found: dict[str, list[int]] = {}
+    layers = model.base_model.layers
+    for place, layer in (("first", layers[0]), ("last", layers[-1])):
+        for name, part in layer.named_modules():
+            if isinstance(part, torch.nn.Linear):
+                rows = found.setdefault(f"{place} {name.split('.')[1]}", [])
+                part.register_forward_pre_hook(lambda _, x, rows=rows: rows.append(x[0].shape[1]))
+    return found
+
+
+ENDS = {"logp": 33, "prompt_state": 33, "token_reward": 28, "outputs": 8}
+
+
+@pytest.mark.parametrize("reads", ENDS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_the_last_layer_computes_what_is_read(family, reads):
+    """Of 49 tokens: the last of each prompt and the responses, 1 + 12, 1 + 4, 1 + 9, 1 + 1 and 1 + 2; the responses alone; or the
+    ends of 8 rows. Keys and values are those of all."""
+    head = {"outputs": Head("AutoModelForSequenceClassification", "SEQ_CLS", 3),
+            "token_reward": Head("AutoModelForTokenClassification", "TOKEN_CLS", 1)}
+    b, make = batch(GROUPS, seed=1, padding="left", right=2), lambda: tiny(
+        family, **FAMILIES[family], **{"head": head[reads]} if reads in head else {})
+    one, two = both(make, b, {reads})
+    torch.testing.assert_close(one[0][reads], two[0][reads], **EXACT)
+    same(one[1], two[1])
+    models = one[2]
+    rows = counted(models.policy)
+    forward(models, b, {reads})
+    assert models.policy_model().ends and {k: v for k, [v] in rows.items()} == {
+        f"{place} {name}": ENDS[reads] if place == "last" and name not in ("k_proj", "v_proj") else 49
+        for place in ("first", "last") for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}
+
+
+@pytest.mark.parametrize("reads", ["logp", "outputs"])
+def test_responses_that_begin_alike(reads):
+    """What rows share goes further than the prompt, to the end of one of them and of two equal ones."""
+    b = batch([(0, 5, 6), (0, 5, 6), (0, 5, 2), (0, 5, 4), (1, 4, 3), (1, 4, 3)], seed=2)
+    tokens = b["tokens"].clone()
+    tokens[1], tokens[2, :7], tokens[3, :8], tokens[5] = tokens[0], tokens[0, :7], tokens[0, :8], tokens[4]
+    b = b.with_columns(tokens=tokens)
+    assert shared(b).tolist() == [7, 7, 7, 7, 7, 7]
+    head = {"head": Head("AutoModelForSequenceClassification", "SEQ_CLS", 1)} if reads == "outputs" else {}
+    one, two = both(lambda: tiny(**head), b, {reads})
+    torch.testing.assert_close(one[0][reads], two[0][reads], **EXACT)
+    same(one[1], two[1])
+
+
+def test_queries_of_several_starts_in_stripes(monkeypatch):
+    """Rows of one rectangle that are read from different tokens on, in stripes of two: none sees less than it should."""
+    monkeypatch.setattr("prefopt.layout.STRIPE", 2)
+    b = batch([(0, 3, 20), (1, 9, 14), (2, 20, 3), (3, 1, 22), (4, 12, 11)], seed=3)
+    one, two = both(tiny, b, {"logp"})
+    torch.testing.assert_close(one[0]["logp"], two[0]["logp"], **EXACT)
+    same(one[1], two[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32])
+def test_the_last_layer_and_flex_attention(dtype):
+    trunk, b = Trunk(tiny(dtype=dtype)), batch(GROUPS, seed=1)
+    first = b["prompt_length"] - 1
+    row, column = b["mask"].bool().nonzero(as_tuple=True)
+    whole = trunk(trunk.layout(b))
+    for flex in (False, True):
+        layout = packed(b, flex=flex, first=first)
+        assert layout.last.read.numel() == 33 and bool(layout.last.blocks) == (not flex)
+        place = layout.place(row, column - 1)
+        torch.testing.assert_close(trunk(layout)[place], whole[place], rtol=1e-4, atol=1e-5)
+
+
+def test_a_last_layer_with_nothing_to_leave_out():
+    """Where all or nothing is read, and where three of four tokens are, the layer computes all."""
+    b = batch([(0, 1, 3), (0, 1, 3)])
+    assert packed(b, first=torch.tensor([0, 0])).last is None and packed(b, first=torch.tensor([4, 4])).last is None
+    assert packed(b, first=torch.tensor([1, 1])).last is None and packed(b, first=torch.tensor([2, 2])).last.read.numel() == 4
+
+
+def test_hooks_of_the_last_layer_change_nothing_else():
+    """The model's own call, a copy of it, and a second trunk on it, which adds no hooks."""
+    model, b = tiny(), batch(GROUPS, seed=1)
+    expected = model(input_ids=b["tokens"]).logits
+    logp = forward(Models(model), b, {"logp"})["logp"]
+    hooks = len(model.base_model.layers[-1].mlp._forward_hooks)
+    assert hooks == 1 and model(input_ids=b["tokens"]).logits.equal(expected)
+    for other in (model, deepcopy(model)):
+        assert forward(Models(other), b, {"logp"})["logp"].equal(logp)
+        assert len(other.base_model.layers[-1].mlp._forward_hooks) == hooks
+    assert model.base_model.layers[-1].prefopt_last.read is not None and model(input_ids=b["tokens"]).logits.equal(expected)
+
+
+def test_a_last_layer_that_needs_all_tokens_falls_back_loudly():
+    """An MLP that counts what it gets."""
+    model, b = tiny(), batch(GROUPS, seed=1)
+    mlp = model.base_model.layers[-1].mlp
+    inner = mlp.forward
+    mlp.forward = lambda x: inner(x) + 0.1 * (x.shape[1] < 4)
+    with pytest.warns(UserWarning, match="the last layer of LlamaForCausalLM gives other states"):
+        found = forward(Models(model), b, {"logp"})["logp"]
+    torch.testing.assert_close(found, forward(Models(model, packing=False), b, {"logp"})["logp"], **EXACT)
+
+
+@pytest.mark.parametrize("wrong", ["tokens", "keys"])
+def test_wrong_last_layers_show(wrong):
+    model, b = tiny(), batch(GROUPS, seed=1)
+    expected = forward(Models(model), b, {"logp"})["logp"][b["mask"].bool()].detach()
+    right = packed(b, first=b["prompt_length"] - 1)
+    torch.testing.assert_close(logp_of(model, right, b).detach(), expected, **EXACT)
+    ends = replace(right.last, read=right.last.read.roll(1)) if wrong == "tokens" else \
+        replace(right.last, blocks=tuple(replace(k, keys=k.keys.roll(1)) for k in right.last.blocks))
+    assert (logp_of(model, replace(right, last=ends), b) - expected).abs().max() > 1e-2
