@@ -20,22 +20,28 @@ class LastLayer:
     def __init__(self, layer: nn.Module):
         self.read: Tensor | None = None
         layer.register_forward_pre_hook(self.begin, with_kwargs=True)
-        names = dict(layer.named_modules())
-        for part in (names[name] for name in PARTS if name in names):
+        layer.register_forward_hook(self.end)
+        for part in parts(layer):
             part.register_forward_pre_hook(self.narrow)
             part.register_forward_hook(self.widen)
 
     @classmethod
-    def of(cls, body: nn.Module) -> None:
-        """Put on the last layer of a model, once."""
+    def of(cls, body: nn.Module) -> int:
+        """Put on the last layer of a model, once; the number of its weights that a token meets only where it is read."""
         layers = getattr(body, "layers", None)
-        if isinstance(layers, nn.ModuleList) and len(layers) and not hasattr(layers[-1], "prefopt_last"):
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            return 0
+        if not hasattr(layers[-1], "prefopt_last"):
             layers[-1].prefopt_last = cls(layers[-1])
+        return sum(p.numel() for part in parts(layers[-1]) for p in part.parameters())
 
     def begin(self, layer, arguments, named):
         layout = named.get("layout")
         self.read = layout.last.read if layout is not None and layout.last is not None else None
         return (arguments, named | {"layout": layout.ended()}) if self.read is not None else None
+
+    def end(self, *_):
+        self.read = None
 
     def narrow(self, part, arguments):
         if self.read is not None:
@@ -45,3 +51,8 @@ class LastLayer:
     def widen(self, part, arguments, found):
         if self.read is not None:
             return found.new_zeros(*self.shape[:-1], found.shape[-1]).index_copy(1, self.read, found)
+
+
+def parts(layer: nn.Module) -> list[nn.Module]:
+    names = dict(layer.named_modules())
+    return [names[name] for name in PARTS if name in names]

@@ -80,13 +80,14 @@ class Trunk:
     a model does between them are either reproduced or refused. Language models are causal; a reward model may also be an
     encoder, which is found by trying. Rows are packed where the model allows it; `plain` says why they are not. `calls`
     counts tokens (padding included) and forwards of the body, how many of the tokens with a gradient, and how many there
-    would have been in a rectangle of padded rows; and positions through the head, backward's included.
+    would have been in a rectangle of padded rows; `unread` ones, of which the last layer only computes keys and values; and
+    positions through the head, backward's included.
     """
     model: nn.Module
     temperature: float = 1.0                                  # logits are divided by it, as they are when sampling
     packing: bool = True
     calls: dict = field(default_factory=lambda: {"tokens": 0, "forwards": 0, "positions": 0, "rectangle": 0,
-                                               "trained": 0})
+                                               "trained": 0, "unread": 0})
 
     def __post_init__(self):
         base = self.model.get_base_model() if is_peft(self.model) else self.model
@@ -107,7 +108,7 @@ class Trunk:
         self.plain = None if self.packing else "train.packing is off"
         self.plain = self.plain or why_padded(self.body, config)
         self.window, self.price = window(config), PRICE * self.width
-        self.config, self.checked, self.flex, self.ends = config, False, False, False
+        self.config, self.checked, self.flex, self.ends, self.end_size = config, False, False, False, 0
 
     def __call__(self, layout: Layout) -> Tensor:
         """States (S, D) after the final norm, at `layout.place(row, column)`."""
@@ -127,6 +128,8 @@ class Trunk:
         self.calls["forwards"] += len(parts)
         self.calls["rectangle"] += layout.rectangle
         self.calls["trained"] += tokens * torch.is_grad_enabled()
+        if isinstance(layout, Packed) and layout.last:
+            self.calls["unread"] += tokens - len(layout.last.read)
         return parts
 
     def run(self, layout: Packed | Padded, **others):
@@ -262,7 +265,7 @@ class Trunk:
 
     def check_ends(self, one: Mapping[str, Tensor], plain: Padded, expected: Tensor) -> None:
         """On the same slice, the last token of each row has the same state when the last layer leaves out the others."""
-        LastLayer.of(self.body)
+        self.end_size = LastLayer.of(self.body)
         row, length = torch.arange(len(plain.tokens), device=plain.tokens.device), one["attend"].sum(1)
         layout = packed(one, flex=self.flex, first=length.cpu() - 1)
         found = self(layout)[layout.place(row, length - 1)]

@@ -29,7 +29,8 @@ def operations(trunk: Trunk) -> float:
     body = sum(p.numel() for p in trunk.body.parameters()) - trunk.vocabulary * trunk.width
     calls = trunk.calls
     learned = calls["trained"] / max(calls["tokens"], 1)
-    return 2 * (body * calls["tokens"] + trunk.output_size * calls["positions"]) * (1 + 2 * learned)
+    met = body * calls["tokens"] - trunk.end_size * calls["unread"] + trunk.output_size * calls["positions"]
+    return 2 * met * (1 + 2 * learned)
 
 
 @dataclass

@@ -187,7 +187,7 @@ def test_hooks_and_the_wrapped_function_are_gone_afterwards():
     activation_mask(trunk, b)
     with pytest.raises(RuntimeError, match="stop"), taps(trunk, lambda kind, x: None):
         raise RuntimeError("stop")
-    assert home.apply_rotary_pos_emb is own and hooks() == before and sum(map(len, before)) == 7
+    assert home.apply_rotary_pos_emb is own and hooks() == before and sum(map(len, before)) == 8
 
 
 def test_adapters_are_off_for_the_mask_of_the_reference():

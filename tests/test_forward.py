@@ -333,9 +333,9 @@ def test_counts_of_tokens_and_positions():
         calls = models.policy_model().calls
         loss = forward(models, b, {"logp", "entropy"}, chunk=4)["logp"].sum()
         assert calls == {"tokens": tokens, "forwards": 1, "positions": 4 + 2 + 6 + 1, "rectangle": 4 * 8,
-                         "trained": tokens}
+                         "trained": tokens, "unread": 0}
         loss.backward()
-        assert calls == {"tokens": tokens, "forwards": 1, "positions": 2 * 13, "rectangle": 4 * 8, "trained": tokens}
+        assert calls == {"tokens": tokens, "forwards": 1, "positions": 2 * 13, "rectangle": 4 * 8, "trained": tokens, "unread": 0}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

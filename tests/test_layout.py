@@ -12,6 +12,7 @@ from data_tools.batch import Batch
 from prefopt.forward import fill, forward
 from prefopt.layout import Bucketed, Packed, bucketed, packed, padded, rectangles, shared
 from prefopt.models import Head, Models, Trunk, frozen_copy
+from prefopt.speed import operations
 
 GROUPS = [(0, 7, 4), (0, 7, 2), (0, 7, 6), (1, 5, 1), (1, 5, 3), (2, 3, 9), (3, 2, 1), (3, 4, 2)]
 FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": None}, "gemma3": {"sliding_window": 64},
@@ -376,8 +377,9 @@ def test_the_last_layer_computes_what_is_read(family, reads):
     torch.testing.assert_close(one[0][reads], two[0][reads], **EXACT)
     same(one[1], two[1])
     models = one[2]
-    rows = counted(models.policy)
+    rows, before = counted(models.policy), models.policy_model().calls["unread"]
     forward(models, b, {reads})
+    assert models.policy_model().calls["unread"] - before == 49 - ENDS[reads]
     assert models.policy_model().ends and {k: v for k, [v] in rows.items()} == {
         f"{place} {name}": ENDS[reads] if place == "last" and name not in ("k_proj", "v_proj") else 49
         for place in ("first", "last") for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}
@@ -427,6 +429,19 @@ def test_a_last_layer_with_nothing_to_leave_out():
     assert packed(b, first=torch.tensor([1, 1])).last is None and packed(b, first=torch.tensor([2, 2])).last.read.numel() == 4
 
 
+def test_operations_leave_out_what_the_last_layer_does():
+    """q 16 x 16, o 16 x 16 and an MLP of 3 x 16 x 24 for the 41 tokens that are not read, forward and backward."""
+    b, found = batch(GROUPS, seed=1), []
+    for ends in (True, False):
+        models = Models(tiny(head=Head("AutoModelForSequenceClassification", "SEQ_CLS", 1)))
+        trunk = models.policy_model()
+        trunk.check(padded(b).tokens)
+        trunk.ends = ends
+        forward(models, b, {"outputs"})
+        found.append(operations(trunk))
+    assert found[1] - found[0] == 6 * (256 + 256 + 1152) * 41
+
+
 def test_hooks_of_the_last_layer_change_nothing_else():
     """The model's own call, a copy of it, and a second trunk on it, which adds no hooks."""
     model, b = tiny(), batch(GROUPS, seed=1)
@@ -437,7 +452,7 @@ def test_hooks_of_the_last_layer_change_nothing_else():
     for other in (model, deepcopy(model)):
         assert forward(Models(other), b, {"logp"})["logp"].equal(logp)
         assert len(other.base_model.layers[-1].mlp._forward_hooks) == hooks
-    assert model.base_model.layers[-1].prefopt_last.read is not None and model(input_ids=b["tokens"]).logits.equal(expected)
+    assert model(input_ids=b["tokens"]).logits.equal(expected)
 
 
 def test_a_last_layer_that_needs_all_tokens_falls_back_loudly():
