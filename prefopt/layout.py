@@ -122,11 +122,6 @@ class Block:
     mask: Tensor | None
     before: int
 
-    @property
-    def places(self) -> Tensor:
-        """Of the queries that are no padding."""
-        return self.queries[self.real]
-
 
 @dataclass(frozen=True)
 class Last:
@@ -225,7 +220,7 @@ def packed(batch: Mapping[str, Tensor], price: float = 0.0, flex: bool = False, 
     head, tail, at = torch.zeros_like(length), torch.zeros_like(length), 0
     served = {int(group[n]): n for n in leads.values()}
     pieces, blocks, ends, begins, family, branch = [], [], [], {}, [], []
-    first = torch.zeros_like(length) if first is None else first
+    first = torch.zeros_like(length) if first is None else first.cpu()
     least = first.scatter_reduce(0, group, first, "amin", include_self=False)[group]      # of the rows of a group
     for run in rectangles([L for _, L in roots], [L for _, L in roots]):
         chosen = roots[run]
@@ -268,11 +263,13 @@ def packed(batch: Mapping[str, Tensor], price: float = 0.0, flex: bool = False, 
 
 def last(sequences: Sequence[tuple[Tensor, ...]], flex: bool) -> Last | None:
     """Of sequences (head, before, start, length, first), those tokens that are read."""
-    blocks = [continuing(*(x[one[3] > one[4]] for x in one)) for one in sequences if bool((one[3] > one[4]).any())]
-    read, tokens = sum(len(b.real) for b in blocks), sum(int(one[3].sum()) for one in sequences)
+    some = [tuple(x[one[3] > one[4]] for x in one) for one in sequences]
+    some = [one for one in some if len(one[0])]
+    read, tokens = sum(int((one[3] - one[4]).sum()) for one in some), sum(int(one[3].sum()) for one in sequences)
     if not 0 < read <= MOST * tokens:
         return None
-    return Last(() if flex else tuple(blocks), torch.cat([b.places for b in blocks]))
+    places = (filled(start + first, length - first) for _, _, start, length, first in some)
+    return Last(() if flex else tuple(continuing(*one) for one in some), torch.cat([place[real] for place, real in places]))
 
 
 def causal(start: Tensor, length: Tensor) -> Block:
