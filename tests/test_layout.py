@@ -455,13 +455,14 @@ def test_hooks_of_the_last_layer_change_nothing_else():
     assert model(input_ids=b["tokens"]).logits.equal(expected)
 
 
-def test_a_last_layer_that_needs_all_tokens_falls_back_loudly():
-    """An MLP that counts what it gets."""
+@pytest.mark.parametrize(("offset", "why"), [(0.1, "gives other states"), (torch.zeros(3, 5), "cannot compute some tokens")])
+def test_a_last_layer_that_needs_all_tokens_falls_back_loudly(offset, why):
+    """An MLP that counts what it gets, and one that breaks."""
     model, b = tiny(), batch(GROUPS, seed=1)
     mlp = model.base_model.layers[-1].mlp
     inner = mlp.forward
-    mlp.forward = lambda x: inner(x) + 0.1 * (x.shape[1] < 4)
-    with pytest.warns(UserWarning, match="the last layer of LlamaForCausalLM gives other states"):
+    mlp.forward = lambda x: inner(x) + offset if x.shape[1] < 4 else inner(x)
+    with pytest.warns(UserWarning, match=f"the last layer of LlamaForCausalLM {why}"):
         found = forward(Models(model), b, {"logp"})["logp"]
     torch.testing.assert_close(found, forward(Models(model, packing=False), b, {"logp"})["logp"], **EXACT)
 
